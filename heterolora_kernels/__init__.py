@@ -1,0 +1,45 @@
+"""Rank allocation for LoRA: fused low-rank linears, zero-cost proxies from their statistics, ranks chosen while training.
+
+The method is HeteroLoRA (arXiv 2406.14956), which shares a budget of trainable parameters out among LoRA modules and
+LoRA-adapted shortcuts. It has nothing to do with the federated-learning method of that name.
+"""
+
+from heterolora_kernels._version import __version__
+from heterolora_kernels.allocation import allocate, register_allocator
+from heterolora_kernels.backends import available_backends, unavailable_backends, use_backend
+from heterolora_kernels.config import HeteroLoraConfig
+from heterolora_kernels.functional import lora_linear
+from heterolora_kernels.patching import (
+    apply_heterolora,
+    collect_statistics,
+    disable_adapter,
+    merge_heterolora,
+    print_trainable_parameters,
+    remove_heterolora,
+)
+from heterolora_kernels.proxies import available_proxies, register_proxy
+from heterolora_kernels.search import RankSearch
+from heterolora_kernels.sites import Site
+
+
+
+__all__ = [
+    "HeteroLoraConfig",
+    "RankSearch",
+    "Site",
+    "__version__",
+    "allocate",
+    "apply_heterolora",
+    "available_backends",
+    "available_proxies",
+    "collect_statistics",
+    "disable_adapter",
+    "lora_linear",
+    "merge_heterolora",
+    "print_trainable_parameters",
+    "register_allocator",
+    "register_proxy",
+    "remove_heterolora",
+    "unavailable_backends",
+    "use_backend",
+]

@@ -1,0 +1,105 @@
+"""Registry of backends and the choice among them.
+
+A backend is a set of four ops (see :mod:`heterolora_kernels.ops.schema`). It is resolved once, in the forward call, and
+is part of the op's name from then on; so backward passes, recomputes and compiled graphs cannot pick another one.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the ops.
+
+    Attributes:
+        name: suffix of its ops.
+        module: imported at the first use; importing it defines and registers the ops.
+        device_types: ``torch.device.type`` of the tensors it takes; empty for any.
+        why_unavailable: returns None where it can run, else the reason in one line.
+    """
+
+    name: str
+    module: str
+    device_types: tuple[str, ...] = ()
+    why_unavailable: Callable[[], str | None] = lambda: None
+
+    def takes(self, device: torch.device) -> bool:
+        return not self.device_types or device.type in self.device_types
+
+
+_backends: dict[str, Backend] = {}
+_loaded: set[str] = set()
+_chosen: list[str | None] = [None]
+
+
+def register_backend(backend: Backend) -> None:
+    """Add a backend. Those registered later are preferred where several take a device."""
+    _backends[backend.name] = backend
+
+
+def available_backends() -> list[str]:
+    """Names of the backends that can run here, the preferred first. See :func:`unavailable_backends` for the others."""
+    return [name for name, backend in reversed(_backends.items()) if backend.why_unavailable() is None]
+
+
+def unavailable_backends() -> dict[str, str]:
+    """``{name: reason}`` of the backends that cannot run here."""
+    reasons = {name: backend.why_unavailable() for name, backend in _backends.items()}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+class use_backend:  # noqa: N801 - reads as a function, in both uses
+    """Compute with one backend: for the process when called, for a block when used as a context manager.
+
+    Args:
+        name: one of :func:`available_backends`, or None for the automatic choice.
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: the backend cannot run here; the message says why.
+    """
+
+    def __init__(self, name: str | None):
+        if name is not None:
+            _require(name)
+        self._previous = _chosen[0]
+        _chosen[0] = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exception) -> None:
+        _chosen[0] = self._previous
+
+
+def _require(name: str) -> Backend:
+    if name not in _backends:
+        raise ValueError(f"backend must be one of {sorted(_backends)}, got {name!r}")
+    reason = _backends[name].why_unavailable()
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} is unavailable: {reason}")
+    return _backends[name]
+
+
+def resolve(device: torch.device, backend: str | None = None) -> str:
+    """The backend of a forward call on ``device``: the one asked for, the chosen one, else the first that takes it."""
+    name = backend if backend is not None else _chosen[0]
+    if name is not None:
+        found = _require(name)
+        if not found.takes(device):
+            raise RuntimeError(f"backend {name!r} takes tensors on {list(found.device_types)}, got {device}")
+    else:
+        found = next(b for b in reversed(_backends.values()) if b.takes(device) and b.why_unavailable() is None)
+    if found.name not in _loaded:
+        importlib.import_module(found.module)
+        _loaded.add(found.name)
+    return found.name
+
+
+register_backend(Backend("reference", "heterolora_kernels.backends.reference"))

@@ -1,0 +1,146 @@
+"""What optimizers may not touch: inactive paths, and inactive rows of partly active ones.
+
+Autograd may deliver zeros where a path is inactive, and weight decay or momentum would then move it. The hooks are torch's
+global ones around ``Optimizer.step``, filtered to the model's parameters: they work for any optimizer, built before or
+after patching, and go with ``remove_heterolora``. Whole paths get ``.grad = None`` before the step; inactive rows are put
+back after it, weights and state tensors of the parameter's shape alike.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from heterolora_kernels.layers import Path
+
+#: Optimizer steps after which a dynamic search that nobody drives is reported.
+_STEPS_BEFORE_WARNING = 50
+
+
+def _closure_of(args: tuple, kwargs: dict):
+    if kwargs.get("closure") is not None:
+        return kwargs["closure"]
+    return next((value for value in args[1:] if callable(value)), None)
+
+
+def _paths_of(optimizer: Optimizer, paths: Sequence[Path]) -> list[Path]:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [path for path in paths if id(path.lora_A) in held or id(path.lora_B) in held]
+
+
+def _rows_of(optimizer: Optimizer, parameter: Tensor) -> list[Tensor]:
+    """The parameter and its elementwise state."""
+    state = optimizer.state.get(parameter, {})
+    return [parameter, *(value for value in state.values() if isinstance(value, Tensor) and value.shape == parameter.shape)]
+
+
+class StepHooks:
+    """The hooks of one patched model.
+
+    Attributes:
+        observers: objects with ``before_step(optimizer)`` and ``after_step(optimizer)``, held weakly.
+        driven: whether a search has been stepped.
+    """
+
+    def __init__(self) -> None:
+        self.observers: weakref.WeakSet = weakref.WeakSet()
+        self.driven = False
+        self._handles: list = []
+        # (parameter, dimension of its rows, indices of the inactive ones, {id of tensor: (tensor, their values)})
+        self._saved: list[tuple[Tensor, int, Tensor, dict[int, tuple[Tensor, Tensor]]]] = []
+        self._steps = 0
+
+    def __getstate__(self) -> dict:
+        return {}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__()
+
+    def register(self, state_ref: weakref.ref) -> None:
+        """Begin. ``state_ref`` leads to the object with ``paths`` and ``config``; the hooks end with it."""
+        hooks = weakref.ref(self)
+
+        def before(optimizer, args, kwargs):
+            state, own = state_ref(), hooks()
+            if state is not None and own is not None:
+                own._before(state, optimizer, args, kwargs)
+
+        def after(optimizer, args, kwargs):
+            state, own = state_ref(), hooks()
+            if state is not None and own is not None:
+                own._after(state, optimizer)
+
+        self._handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+        weakref.finalize(self, _remove_all, self._handles)
+
+    def remove(self) -> None:
+        """End."""
+        _remove_all(self._handles)
+
+    def _before(self, state, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        paths = _paths_of(optimizer, list(state.paths.values()))
+        if not paths:
+            return
+        rows = {path.name: path.active_rows() for path in paths}
+        closed = [path for path in paths if not all(rows[path.name])]
+        if closed and _closure_of(args, kwargs) is not None:
+            raise RuntimeError(
+                f"{type(optimizer).__name__}.step was given a closure, which makes gradients after inactive paths were "
+                f"frozen; {len(closed)} paths are inactive ({closed[0].name}, ...). Use an optimizer without closure, or "
+                "search='off'")
+        for observer in list(self.observers):
+            observer.before_step(optimizer)
+        self._saved.clear()
+        for path in closed:
+            if any(rows[path.name]):
+                self._save_rows(optimizer, path)
+            else:
+                path.lora_A.grad = None
+                path.lora_B.grad = None
+
+    @torch.no_grad()
+    def _save_rows(self, optimizer: Optimizer, path: Path) -> None:
+        """Copy the inactive rows of lora_A and the inactive columns of lora_B, and those of their state."""
+        index = (~path.mask).nonzero().flatten()
+        for parameter, dim in ((path.lora_A, 0), (path.lora_B, 1)):
+            values = {id(tensor): (tensor, tensor.index_select(dim, index)) for tensor in _rows_of(optimizer, parameter)}
+            self._saved.append((parameter, dim, index, values))
+
+    @torch.no_grad()
+    def _restore_rows(self, optimizer: Optimizer) -> None:
+        for parameter, dim, index, values in self._saved:
+            for tensor in _rows_of(optimizer, parameter):
+                if id(tensor) in values:
+                    tensor.index_copy_(dim, index, values[id(tensor)][1])
+                else:
+                    # State that this step made: rows that take no part in it start from 0.
+                    tensor.index_fill_(dim, index, 0)
+        self._saved.clear()
+
+    def _after(self, state, optimizer: Optimizer) -> None:
+        if not _paths_of(optimizer, list(state.paths.values())):
+            return
+        self._restore_rows(optimizer)
+        for observer in list(self.observers):
+            observer.after_step(optimizer)
+        self._steps += 1
+        if state.config.search == "dynamic" and not self.driven and self._steps == _STEPS_BEFORE_WARNING:
+            warnings.warn(
+                f"{self._steps} optimizer steps and search.step() was never called: no rank is being chosen. Use "
+                "HeteroLoraCallback with the HF Trainer, call RankSearch.step() after optimizer.step(), or set search='off'",
+                stacklevel=2)
+
+
+def _remove_all(handles: list) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()

@@ -1,0 +1,133 @@
+"""The fused op as functions of tensors: what layers are made of, and what can be used without them.
+
+Both functions take tensors of any leading shape, flatten them to the op's [M, K], and put the shape back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from heterolora_kernels.backends import resolve
+from heterolora_kernels.ops.autograd import call_lora_delta, call_lora_linear
+from heterolora_kernels.ops.rng import draw_rng
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
+def _require_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def _as_vector(name: str, values, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    vector = torch.as_tensor(values, dtype=dtype, device=device)
+    if tuple(vector.shape) != (size,):
+        raise ValueError(f"{name} must have shape [{size}], got {list(vector.shape)}")
+    return vector
+
+
+def lora_linear(x: Tensor, weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, *, bias: Tensor | None = None,
+                scaling: float = 1.0, shortcuts: Sequence[tuple[Tensor, Tensor, Tensor, float]] = (),
+                dropout_p: float = 0.0, gate: Tensor | None = None, rng: Tensor | None = None,
+                backend: str | None = None) -> Tensor:
+    """``x W^T + bias + s (drop(x) A^T * gate) B^T + sum_j s_j (drop(u_j) A_j^T * gate_j) B_j^T`` in one op.
+
+    Args:
+        x: [..., K]; float16, bfloat16, float32 or float64.
+        weight: [N, K], x's dtype, any strides.
+        lora_A: [r, K], or None for no path of x.
+        lora_B: [N, r], or None.
+        bias: [N] or None.
+        scaling: s, for example ``lora_alpha / r``.
+        shortcuts: tuples ``(source [..., K_j], lora_A [r_j, K_j], lora_B [N, r_j], scaling)``; every source has as many
+            rows as x.
+        dropout_p: probability with which an element of x and of each source is dropped before ``lora_A``.
+        gate: float32 [sum of ranks], one number per rank, x's path first; ones by default. It gets no gradient.
+        rng: int64 [1], the key of the dropout mask; drawn from torch's generator by default.
+        backend: one of :func:`heterolora_kernels.available_backends`; chosen by device by default.
+
+    Returns:
+        [..., N] in x's dtype. Gradients reach x, weight, bias, every lora_A and lora_B, and every source.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+
+    Source: LoRA, arXiv 2106.09685, section 4.1; shortcuts: HeteroLoRA, arXiv 2406.14956.
+    """
+    _require_tensor("x", x)
+    _require_tensor("weight", weight)
+    if (lora_A is None) != (lora_B is None):
+        raise ValueError("lora_A and lora_B must be given together, got one of them")
+    paths = [] if lora_A is None else [(-1, lora_A, lora_B, scaling)]
+    sources = []
+    for j, shortcut in enumerate(shortcuts):
+        if len(shortcut) != 4:
+            raise ValueError(f"shortcuts[{j}] must be (source, lora_A, lora_B, scaling), got {len(shortcut)} entries")
+        source, a, b, s = shortcut
+        _require_tensor(f"shortcuts[{j}][0]", source)
+        paths.append((j, a, b, s))
+        sources.append(_flat(source))
+    for p, (_, a, b, _) in enumerate(paths):
+        _require_tensor(f"lora_A[{p}]", a)
+        _require_tensor(f"lora_B[{p}]", b)
+    flat = _flat(x)
+    ranks = [a.shape[0] for _, a, _, _ in paths]
+    total = sum(ranks)
+    gates = torch.ones(total, dtype=torch.float32, device=x.device) if gate is None else gate
+    if dropout_p > 0 and rng is None:
+        rng = draw_rng(x.device)
+    outs = call_lora_linear(
+        resolve(x.device, backend), flat, [weight], [], [bias if bias is not None else weight.new_empty((0,))], sources,
+        [a for _, a, _, _ in paths], [b for _, _, b, _ in paths],
+        _as_vector("scaling", [s for _, _, _, s in paths], len(paths), torch.float32, x.device), gates,
+        torch.tensor(ranks, dtype=torch.int32, device=x.device), rng if dropout_p > 0 else None, [0] * len(paths),
+        [key for key, _, _, _ in paths], float(dropout_p))
+    return outs[0].reshape(*x.shape[:-1], weight.shape[0])
+
+
+def lora_linear_group(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], sources: Sequence[Tensor],
+                      lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: Tensor, gate: Tensor, active: Tensor,
+                      path_output: Sequence[int], path_source: Sequence[int], *, rng: Tensor | None = None,
+                      dropout_p: float = 0.0, packs: Sequence[Tensor] = (), probe: Tensor | None = None,
+                      backend: str | None = None) -> list[Tensor]:
+    """The whole contract: linears that read one x, any number of paths, device-side ranks, statistics.
+
+    Args: those of the op (see :mod:`heterolora_kernels.ops.schema`), with x and sources of any leading shape.
+
+    Returns:
+        One tensor [..., N_i] per weight.
+    """
+    flat, name = _flat(x), resolve(x.device, backend)
+    # F.linear adds the bias after the product where x is strided and of more than two dimensions, and inside it
+    # elsewhere; the reference promises the bits of F.linear.
+    bias_last = name == "reference" and x.dim() > 2 and not x.is_contiguous()
+    outs = call_lora_linear(
+        name, flat, list(weights), list(packs),
+        [weight.new_empty((0,)) if bias is None or bias_last else bias for weight, bias in zip(weights, biases)],
+        [_flat(u) for u in sources], list(lora_A), list(lora_B), scaling, gate, active, rng, list(path_output),
+        list(path_source), dropout_p, probe)
+    outs = [out.reshape(*x.shape[:-1], out.shape[-1]) for out in outs]
+    return [out if bias is None or not bias_last else out + bias for out, bias in zip(outs, biases)]
+
+
+def lora_delta(base_out: Tensor, sources: Sequence[Tensor], lora_A: Sequence[Tensor], lora_B: Sequence[Tensor],
+               scaling: Tensor, gate: Tensor, active: Tensor, *, rng: Tensor | None = None, dropout_p: float = 0.0,
+               probe: Tensor | None = None, backend: str | None = None) -> Tensor:
+    """``base_out + sum_p s_p (drop(u_p) A_p^T * gate_p) B_p^T`` for an output that something else computed.
+
+    Args:
+        base_out: [..., N], for example the output of a norm.
+        sources: one tensor [..., K_p] per path, as many rows as base_out.
+        lora_A, lora_B: [r_p, K_p] and [N, r_p] per path.
+        scaling, gate, active, rng, dropout_p, probe: as in the op's schema.
+    """
+    flat = _flat(base_out)
+    outs = call_lora_delta(
+        resolve(base_out.device, backend), flat, [flat], [_flat(u) for u in sources], list(lora_A), list(lora_B), scaling,
+        gate, active, rng, [0] * len(lora_A), list(range(len(sources))), dropout_p, probe)
+    return outs[0].reshape(base_out.shape)

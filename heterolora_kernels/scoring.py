@@ -1,0 +1,183 @@
+"""A probe: extra passes over a few batches with every path on, from which ledger rows are read. It leaves no trace.
+
+Gradients are taken on twins of the parameters that share their storage, put in their places for the time of the probe. So
+the user's half accumulated ``.grad``, his hooks on parameters and DDP's reducer never see it.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
+
+from heterolora_kernels import distributed
+from heterolora_kernels.layers import Path
+from heterolora_kernels.ops.ledger import row_statistics
+from heterolora_kernels.patching import HeteroLoraState, state_of, unwrap
+
+LossFunction = Callable[[nn.Module, object], Tensor]
+
+
+def default_loss(model: nn.Module, batch) -> Tensor:
+    """``model(**batch).loss``, the batch's tensors moved to the model's device."""
+    device = next(model.parameters()).device
+    batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    loss = model(**batch).loss
+    if loss is None:
+        raise ValueError("loss_fn: model(**batch).loss is None (no labels in the batch?); pass loss_fn to RankSearch")
+    return loss
+
+
+def probe_loader(dataloader: Iterable) -> Iterable:
+    """The head of the training set in a fixed order: an unshuffled twin of a shuffling DataLoader, else the loader itself."""
+    if not isinstance(dataloader, DataLoader) or dataloader.batch_size is None:
+        return dataloader
+    sampler = dataloader.sampler
+    if type(sampler) is RandomSampler:
+        own = None
+    elif type(sampler) is DistributedSampler and sampler.shuffle:
+        own = DistributedSampler(dataloader.dataset, sampler.num_replicas, sampler.rank, shuffle=False,
+                                 drop_last=sampler.drop_last)
+    else:
+        return dataloader
+    return DataLoader(dataloader.dataset, dataloader.batch_size, shuffle=False, sampler=own,
+                      collate_fn=dataloader.collate_fn, drop_last=dataloader.drop_last)
+
+
+def _generators(loader: Iterable) -> list[torch.Generator]:
+    holders = [loader, getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)]
+    found = [getattr(holder, "generator", None) for holder in holders]
+    return [generator for generator in found if isinstance(generator, torch.Generator)]
+
+
+@contextmanager
+def _kept_rng(model: nn.Module, loader: Iterable) -> Iterator[None]:
+    """Give back the state of every generator that a pass or ``iter(loader)`` draws from."""
+    devices: dict[str, set[int]] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type not in ("cpu", "meta"):
+            devices.setdefault(tensor.device.type, set()).add(tensor.device.index or 0)
+    numpy = sys.modules.get("numpy")
+    states = [(generator, generator.get_state()) for generator in _generators(loader)]
+    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        for kind, indices in devices.items():
+            stack.enter_context(torch.random.fork_rng(devices=sorted(indices), device_type=kind))
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            if numpy_state is not None:
+                numpy.random.set_state(numpy_state)
+            for generator, state in states:
+                generator.set_state(state)
+
+
+@contextmanager
+def _kept_modes(model: nn.Module) -> Iterator[None]:
+    """Train mode inside, every module's own mode and every running average of a norm as before after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    averages = [(buffer, buffer.clone()) for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)
+                for buffer in module._buffers.values() if buffer is not None]
+    model.train()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for buffer, value in averages:
+            buffer.copy_(value)
+
+
+@contextmanager
+def _twins(model: nn.Module) -> Iterator[None]:
+    """Fresh leaves in the places of all trainable parameters: same storage, no ``.grad``, no hooks."""
+    twins: dict[int, nn.Parameter] = {}
+    places: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad:
+                places.append((module, name, parameter))
+    try:
+        for module, name, parameter in places:
+            if id(parameter) not in twins:
+                twins[id(parameter)] = nn.Parameter(parameter.detach())
+            module._parameters[name] = twins[id(parameter)]
+        yield
+    finally:
+        for module, name, parameter in places:
+            module._parameters[name] = parameter
+
+
+@contextmanager
+def _everything_on(state: HeteroLoraState) -> Iterator[None]:
+    """Every gate 1 and the adapters enabled; masks are not touched."""
+    enabled, state.switches.enabled = state.switches.enabled, True
+    try:
+        state.write_masks({path.name: torch.ones_like(path.mask) for path in state.paths.values()})
+        yield
+    finally:
+        state.switches.enabled = enabled
+        state.write_masks()
+
+
+def _gradient_rows(path: Path, grad_A: Tensor, grad_B: Tensor) -> Tensor:
+    dtype = torch.float64 if grad_A.dtype == torch.float64 else torch.float32
+    return row_statistics(path.lora_A.detach().to(dtype), path.lora_B.detach().to(dtype), grad_A.to(dtype), grad_B.to(dtype))
+
+
+def probe_rows(model: nn.Module, loader: Iterable, num_batches: int | None, loss_fn: LossFunction,
+               streaming: bool) -> tuple[dict[str, Tensor], int]:
+    """Run a probe and read every path's ledger rows.
+
+    Args:
+        model: patched; a DDP wrapper is looked through.
+        loader: batches for ``loss_fn``; the first ``num_batches`` are used, all of them if it is None.
+        streaming: sums over batches of the ledger's columns, instead of the columns of the summed gradient.
+
+    Returns:
+        ``({path: [r, columns]}, batches used)``. Over several processes gradients are averaged before anything is squared;
+        streaming sums are added.
+
+    Raises:
+        ValueError: no batch came.
+        FloatingPointError: a loss was not finite (on any process).
+    """
+    inner, state = unwrap(model), state_of(model)
+    paths = list(state.paths.values())
+    device = paths[0].lora_A.device
+    used, finite = 0, True
+    with ExitStack() as stack:
+        # Before anything is drawn, so that iter(loader) is covered.
+        stack.enter_context(_kept_rng(inner, loader))
+        stack.enter_context(_kept_modes(inner))
+        stack.enter_context(_twins(inner))
+        stack.enter_context(_everything_on(state))
+        stack.enter_context(torch.enable_grad())
+        collector = stack.enter_context(state.switches.ledger.isolated()) if streaming else None
+        for batch in islice(iter(loader), num_batches):
+            loss = loss_fn(inner, batch)
+            finite = finite and bool(torch.isfinite(loss.detach()).all())
+            if finite:
+                loss.backward()
+            used += 1
+        if distributed.any_process(used == 0, device):
+            raise ValueError("dataloader is empty: there is no batch to score with")
+        if distributed.any_process(not finite, device):
+            raise FloatingPointError("the loss of a scoring batch is not finite; no rank was changed")
+        if streaming:
+            ledger = state.switches.ledger
+            ledger.flush()
+            rows = ledger.rows_by_path(distributed.sum_(collector.raw))
+        else:
+            grads = [[torch.zeros_like(p) if p.grad is None else p.grad for p in (path.lora_A, path.lora_B)] for path in paths]
+            distributed.average_([grad for pair in grads for grad in pair])
+            rows = {path.name: _gradient_rows(path, *pair) for path, pair in zip(paths, grads)}
+    return rows, used

@@ -1,0 +1,370 @@
+"""RankSearch: when to score, what to score with, and what becomes of it."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from heterolora_kernels import distributed
+from heterolora_kernels.allocation import allocate
+from heterolora_kernels.ops.ledger import NUM_COLUMNS, Collector
+from heterolora_kernels.patching import state_of
+from heterolora_kernels.proxies import Proxy, get_proxy, scores_of
+from heterolora_kernels.scoring import LossFunction, default_loss, probe_loader, probe_rows
+
+_PROBE_BATCHES = 32  # HeteroLoRA, arXiv 2406.14956: T of the published runs
+_WINDOW_STEPS = 8
+
+
+class RankSearch:
+    """Chooses the ranks of a patched model, once or again and again.
+
+    A plain loop calls :meth:`start` before training and :meth:`step` after each ``optimizer.step()``. Building a search
+    puts every path on at full rank.
+
+    Args:
+        model: a patched model, wrapped or not.
+        optimizer: checked to hold the adapters; the search works without it.
+        dataloader: batches for ``score="probe"``. A shuffling DataLoader is read through an own unshuffled twin, so that
+            the head of the training set is scored.
+        steps_per_epoch: optimizer steps of one epoch, for a float ``interval``.
+        scaler: a GradScaler whose scale is divided out of the statistics of training steps.
+        loss_fn: ``loss_fn(model, batch) -> scalar``; default ``model(**batch).loss``.
+
+    Attributes:
+        paths: names of all paths.
+        history: one dictionary per reallocation.
+
+    Raises:
+        ValueError, TypeError: name the argument.
+
+    Source: HeteroLoRA, arXiv 2406.14956, dynamic and static search.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, dataloader: Iterable | None = None,
+                 steps_per_epoch: int | None = None, scaler=None, loss_fn: LossFunction | None = None):
+        self._model = model
+        self._state = state_of(model)
+        self.config = self._state.config
+        self._proxy = get_proxy(self.config.proxy)
+        if optimizer is not None:
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            if not any(id(path.lora_A) in held for path in self._state.paths.values()):
+                raise ValueError("optimizer holds none of the model's adapters: build it from the parameters that require "
+                                 "grad after apply_heterolora")
+        if steps_per_epoch is not None and steps_per_epoch < 1:
+            raise ValueError(f"steps_per_epoch must be an int >= 1, got {steps_per_epoch!r}")
+        self._dataloader = dataloader
+        self._steps_per_epoch = steps_per_epoch
+        self._scaler = scaler
+        self._loss_fn = loss_fn or default_loss
+        self.paths: list[str] = list(self._state.paths)
+        self.history: list[dict] = []
+        self._generator = torch.Generator().manual_seed(self.config.seed)
+        self._times_on = dict.fromkeys(self._eligible(), 0)
+        self._started = False
+        self._steps = 0
+        self._last = 0
+        self._reallocations = 0
+        self._window: Collector | None = None
+        self._warned: set[str] = set()
+        self.apply({path.name: path.r for path in self._state.paths.values()})
+        self._state.step_hooks.observers.add(self)
+
+    # ---- what a loop calls ----
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """``{path: active rows}``."""
+        return {name: sum(path.active_rows()) for name, path in self._state.paths.items()}
+
+    def start(self) -> None:
+        """Make the first allocation; a second call does nothing.
+
+        static: score by a probe and allocate. dynamic: the first warm-up allocation; without warm-up a scored one, or
+        nothing where the scores come from training steps.
+        """
+        if self._started:
+            return
+        if self.config.search == "dynamic":
+            self._interval_steps()  # complain now, not at the first due step
+        if self.config.search != "off" and (self._warming() or self.config.resolved_score == "probe"):
+            self._reallocate()
+        self._started = True
+        self._update_window()
+
+    def step(self) -> bool:
+        """Count one optimizer step, and reallocate if it is due.
+
+        Returns:
+            Whether ranks were chosen in this call.
+        """
+        self._state.step_hooks.driven = True
+        if self._window is not None:
+            # What no optimizer hook has committed belongs to a step that was skipped.
+            self._window.discard()
+        if not self._started:
+            self.start()
+        self._steps += 1
+        done = False
+        if self.config.search == "dynamic" and self._steps - self._last >= self._interval_steps():
+            if self._warming() or not self._needs_window() or self._window_steps() > 0:
+                self._reallocate()
+                done = True
+        self._update_window()
+        return done
+
+    # ---- the three steps of a reallocation ----
+
+    @torch.no_grad()
+    def score(self, batches: Iterable | None = None, *, proxy: str | None = None, score: str | None = None,
+              per_rank: bool = False) -> dict[str, float] | dict[str, list[float]]:
+        """Score every path.
+
+        Args:
+            batches: for a probe: all of them are used; default: the first ``num_batches`` (32) of the dataloader.
+            proxy, score: default: the config's.
+            per_rank: a list with one score per row instead of one number.
+
+        Returns:
+            ``{path: score}``, equal on all processes.
+
+        Raises:
+            ValueError: no data, an empty window, an unknown name.
+            FloatingPointError: a loss is not finite.
+        """
+        return self._score(get_proxy(proxy) if proxy else self._proxy, score or self.config.resolved_score, batches,
+                           per_rank)[0]
+
+    def allocate(self, scores: Mapping[str, float]) -> dict[str, int]:
+        """Share the config's budget out by these scores; one draw from the search's generator."""
+        paths = self._state.paths
+        missing = [name for name in paths if name not in scores]
+        if missing:
+            raise ValueError(f"scores has no entry for {missing[0]!r} and {len(missing) - 1} other paths")
+        return allocate(
+            {name: scores[name] for name in paths}, {name: path.num_parameters for name, path in paths.items()},
+            self.config.budget, kinds={name: path.kind for name, path in paths.items()},
+            max_ranks={name: path.r for name, path in paths.items()}, mode=self.config.mode, ranks=self.config.ranks,
+            generator=self._generator)
+
+    @torch.no_grad()
+    def apply(self, ranks: Mapping[str, int | Tensor | Iterable[bool]]) -> None:
+        """Set ranks, in place: no parameter changes identity and nothing recompiles.
+
+        Args:
+            ranks: ``{path: k}``, the first k rows, or ``{path: bool mask [r]}``. Paths that are not named stay as they are.
+
+        Raises:
+            ValueError: an unknown path, or a rank outside 0 ... r. Nothing is changed then.
+        """
+        masks: dict[str, Tensor] = {}
+        for name, value in ranks.items():
+            if name not in self._state.paths:
+                raise ValueError(f"ranks: there is no path {name!r}")
+            path = self._state.paths[name]
+            if isinstance(value, int) and not isinstance(value, bool):
+                if not 0 <= value <= path.r:
+                    raise ValueError(f"ranks[{name!r}] must be in 0 ... {path.r}, got {value}")
+                masks[name] = torch.arange(path.r) < value
+            else:
+                mask = torch.as_tensor(value)
+                if mask.dtype != torch.bool or tuple(mask.shape) != (path.r,):
+                    raise ValueError(f"ranks[{name!r}] must be an int or a bool mask of shape [{path.r}], "
+                                     f"got {mask.dtype} of shape {list(mask.shape)}")
+                masks[name] = mask
+        for name, mask in masks.items():
+            self._state.paths[name].mask.copy_(mask)
+        self._state.write_masks()
+
+    # ---- state ----
+
+    def state_dict(self) -> dict:
+        """Everything a resumed run needs to allocate as the unbroken one: counters, generator, history, window, ranks."""
+        window = None if self._window is None else {"committed": self._window.committed.cpu().clone(),
+                                                    "steps": self._window.steps}
+        return {
+            "version": 1, "started": self._started, "steps": self._steps, "last": self._last,
+            "reallocations": self._reallocations, "times_on": dict(self._times_on), "generator": self._generator.get_state(),
+            "history": copy.deepcopy(self.history), "window": window, "warned": sorted(self._warned),
+            "masks": {name: list(path.active_rows()) for name, path in self._state.paths.items()},
+        }
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Go on where :meth:`state_dict` was taken; the ranks come along.
+
+        Raises:
+            ValueError: the state belongs to other paths or to another version.
+        """
+        if state.get("version") != 1:
+            raise ValueError(f"state: version must be 1, got {state.get('version')!r}")
+        if set(state["masks"]) != set(self.paths):
+            odd = sorted(set(state["masks"]) ^ set(self.paths))
+            raise ValueError(f"state belongs to a model with other paths: {odd[0]!r} and {len(odd) - 1} others differ")
+        self.apply({name: torch.tensor(mask, dtype=torch.bool) for name, mask in state["masks"].items()})
+        self._started, self._steps, self._last = state["started"], state["steps"], state["last"]
+        self._reallocations, self._times_on = state["reallocations"], dict(state["times_on"])
+        self._generator.set_state(state["generator"])
+        self.history = copy.deepcopy(list(state["history"]))
+        self._warned = set(state["warned"])
+        self._close_window()
+        self._update_window()
+        if self._window is not None and state["window"] is not None:
+            self._window.committed.copy_(state["window"]["committed"])
+            self._window.steps = state["window"]["steps"]
+
+    # ---- called by the optimizer's hooks ----
+
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Commit the statistics of the step that is being taken, unscaled."""
+        if self._window is None:
+            return
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            # A fused optimizer skips inside its kernel: its hooks run all the same.
+            self._window.discard()
+        else:
+            self._window.commit(self._scaler.get_scale() if self._scaler is not None else 1.0)
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Nothing: :meth:`step` decides."""
+
+    # ---- inside ----
+
+    def _eligible(self) -> list[str]:
+        return [name for name, path in self._state.paths.items() if self.config.mode != "lora_only" or path.kind == "lora"]
+
+    def _interval_steps(self) -> int:
+        if isinstance(self.config.interval, int):
+            return self.config.interval
+        if self._steps_per_epoch is None:
+            raise ValueError(f"steps_per_epoch is needed, because interval={self.config.interval} is part of an epoch; pass it, "
+                             "or set interval to a number of optimizer steps")
+        return max(1, round(self.config.interval * self._steps_per_epoch))
+
+    def _warming(self) -> bool:
+        """Whether the next reallocation belongs to the warm-up."""
+        if self.config.search != "dynamic":
+            return False
+        if self.config.warmup is not None:
+            return self._reallocations < self.config.warmup
+        return min(self._times_on.values()) == 0
+
+    def _needs_window(self) -> bool:
+        return self.config.search == "dynamic" and self.config.resolved_score == "in_step" and self._proxy.needs_data
+
+    def _window_steps(self) -> int:
+        return 0 if self._window is None else self._window.steps
+
+    def _update_window(self) -> None:
+        """Collect exactly in the last optimizer steps before a due, scored reallocation."""
+        wanted = False
+        if self._started and self._needs_window() and not self._warming():
+            length = min(self.config.num_batches or _WINDOW_STEPS, self._interval_steps())
+            wanted = self._last + self._interval_steps() - self._steps <= length
+        if wanted and self._window is None:
+            self._window = self._state.switches.ledger.open()
+        elif not wanted:
+            self._close_window()
+
+    def _close_window(self) -> None:
+        if self._window is not None:
+            self._state.switches.ledger.close(self._window)
+            self._window = None
+
+    def _score(self, proxy: Proxy, score: str, batches: Iterable | None, per_rank: bool) -> tuple[dict, dict]:
+        """``(scores, what they were made from)``."""
+        if score not in ("probe", "in_step"):
+            raise ValueError(f"score must be 'probe' or 'in_step', got {score!r}")
+        if score == "in_step" and batches is not None:
+            raise ValueError("batches cannot be given with score='in_step': it reads the statistics of the training steps")
+        self._warn_about_zero_B(proxy)
+        if not proxy.needs_data:
+            rows = {name: torch.zeros(path.r, NUM_COLUMNS) for name, path in self._state.paths.items()}
+            made = {"score": None, "statistics": None, "batches": 0}
+        elif score == "in_step":
+            if self._window_steps() == 0:
+                raise ValueError("score='in_step' has no statistics: no optimizer step was taken in the window before a "
+                                 "reallocation; use score='probe'")
+            ledger = self._state.switches.ledger
+            rows = ledger.rows_by_path(distributed.sum_(self._window.committed.clone()))
+            made = {"score": "in_step", "statistics": "streaming", "batches": self._window.steps}
+        else:
+            loader, limit = (batches, None) if batches is not None else (self._probe_loader(),
+                                                                         self.config.num_batches or _PROBE_BATCHES)
+            rows, used = probe_rows(self._model, loader, limit, self._loss_fn, streaming=proxy.streaming_only)
+            made = {"score": "probe", "statistics": "streaming" if proxy.streaming_only else "exact", "batches": used}
+        return {name: _plain(scores_of(proxy, rows[name], per_rank), per_rank) for name in self._state.paths}, made
+
+    def _probe_loader(self) -> Iterable:
+        if self._dataloader is None:
+            raise ValueError("dataloader is needed for score='probe': pass it to RankSearch, or batches to score()")
+        return probe_loader(self._dataloader)
+
+    def _reallocate(self) -> None:
+        warming = self._warming()
+        if warming:
+            # Whoever was on least comes first: no path twice before every path once.
+            scores = {name: -float(self._times_on.get(name, 0)) for name in self.paths}
+            made = {"score": None, "statistics": None, "batches": 0}
+        else:
+            scores, made = self._score(self._proxy, self.config.resolved_score, None, False)
+            self._warn_about_ties(scores)
+        before = self.ranks
+        ranks = self._agree(self.allocate(scores))
+        self.apply(ranks)
+        for name, rank in ranks.items():
+            if name in self._times_on and rank:
+                self._times_on[name] += 1
+        self._reallocations += 1
+        self._last = self._steps
+        self._record(warming, made, scores, before, ranks)
+        if self._window is not None:
+            self._window.zero_()
+
+    def _agree(self, ranks: dict[str, int]) -> dict[str, int]:
+        """The first process's decision everywhere."""
+        device = next(iter(self._state.paths.values())).lora_A.device
+        values = distributed.broadcast_(torch.tensor([ranks[name] for name in self.paths], dtype=torch.int64, device=device))
+        return dict(zip(self.paths, values.tolist()))
+
+    def _record(self, warming: bool, made: dict, scores: dict, before: dict, ranks: dict) -> None:
+        paths = self._state.paths
+        on = [name for name, rank in ranks.items() if rank]
+        fresh = [name for name in on if not before[name]]
+        self.history.append({
+            "step": self._steps, "warmup": warming, "proxy": "constant" if warming else self._proxy.name, **made,
+            "scores": None if warming else scores, "ranks": ranks,
+            "threshold": None if warming else min(scores[name] for name in on),
+            # Share of the paths now on that were off before; at the first allocation everything was on.
+            "churn": len(fresh) / len(on),
+            "active_parameters": sum(paths[name].num_parameters * rank // paths[name].r for name, rank in ranks.items()),
+        })
+
+    def _warn(self, key: str, message: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(message, stacklevel=4)
+
+    def _warn_about_zero_B(self, proxy: Proxy) -> None:
+        if not proxy.zero_at_zero_B or f"zero_B:{proxy.name}" in self._warned:
+            return
+        zero = [name for name, path in self._state.paths.items() if not bool(path.lora_B.any())]
+        if zero:
+            self._warn(f"zero_B:{proxy.name}",
+                       f"proxy {proxy.name!r} is 0 for every path whose lora_B is 0, and {len(zero)} of {len(self.paths)} are: "
+                       "they are ranked at random among themselves and last. Train them first (warmup), or use grad_norm")
+
+    def _warn_about_ties(self, scores: Mapping[str, float]) -> None:
+        values = {scores[name] for name in self._eligible()}
+        if len(values) == 1 and self._proxy.needs_data and len(self._eligible()) > 1:
+            self._warn("ties", f"all {len(self._eligible())} scores of proxy {self._proxy.name!r} are equal ({values.pop()}): "
+                               "the ranks were drawn at random")
+
+
+def _plain(value: Tensor, per_rank: bool) -> float | list[float]:
+    return value.tolist() if per_rank else float(value)
