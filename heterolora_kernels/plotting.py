@@ -1,0 +1,39 @@
+"""Where the ranks went: a map of layer x module."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+
+_LAYER = re.compile(r"^(?P<stack>.*?)\.(?P<layer>\d+)\.(?P<module>.+)$")
+
+
+def split_path(name: str) -> tuple[str, str]:
+    """``("3", "self_attn.q_proj")`` of ``model.layers.3.self_attn.q_proj``; layer "" for what lies in none."""
+    match = _LAYER.match(name)
+    return (match["layer"], match["module"]) if match else ("", name)
+
+
+def rank_map(ranks: Mapping[str, int], learnt: Collection[str] = ()) -> str:
+    """A text table: a row per module, a column per layer, LoRA first, then shortcuts, in the order of ``ranks``.
+
+    Args:
+        ranks: ``{path: active rows}``.
+        learnt: paths whose lora_B is not 0.
+
+    Returns:
+        Lines in which a number is a rank, ``o`` a path that is off but has learnt, ``.`` one that is off and has not, and a
+        blank a path that does not exist.
+    """
+    cells: dict[str, dict[str, str]] = {}
+    layers: dict[str, None] = {}
+    for name, rank in ranks.items():
+        layer, module = split_path(name)
+        layers[layer] = None
+        cells.setdefault(module, {})[layer] = str(rank) if rank else "o" if name in learnt else "."
+    order = sorted(layers, key=lambda layer: (layer == "", int(layer or 0)))
+    label = max(len(module) for module in cells)
+    width = max(3, *(len(layer) + 1 for layer in order))
+    lines = ["layer".ljust(label) + "".join(layer.rjust(width) for layer in order)]
+    lines += [module.ljust(label) + "".join(row.get(layer, "").rjust(width) for layer in order) for module, row in cells.items()]
+    return "\n".join(line.rstrip() for line in lines)
