@@ -21,8 +21,6 @@ from heterolora_kernels.proxies import available_proxies, register_proxy
 from heterolora_kernels.search import RankSearch
 from heterolora_kernels.sites import Site
 
-
-
 __all__ = [
     "HeteroLoraConfig",
     "RankSearch",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 
@@ -24,6 +25,13 @@ def _is_int(value) -> bool:
 
 def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_regex(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name}: {pattern!r} is no regular expression: {error}") from error
 
 
 def _choice(name: str, value, choices: Sequence) -> None:
@@ -130,18 +138,23 @@ class HeteroLoraConfig:
                 continue
             if name == "modules_to_save" and isinstance(value, str):
                 raise TypeError(f"modules_to_save must be a list of names, got the string {value!r}")
-            if not isinstance(value, str):
+            if isinstance(value, str):
+                _check_regex(name, value)
+            else:
                 value = tuple(value)
                 if not all(isinstance(entry, str) for entry in value):
                     raise TypeError(f"{name} must hold strings, got {value!r}")
                 setattr(self, name, value)
         if len(self.target_modules) == 0 and not self.shortcuts:
             raise ValueError("target_modules is empty and shortcuts are off: nothing would be adapted")
-        for name, check in (("rank_pattern", lambda v: _is_int(v) and v >= 0), ("alpha_pattern", lambda v: _is_number(v) and v > 0)):
-            for key, value in getattr(self, name).items():
-                if not check(value):
-                    raise ValueError(f"{name}[{key!r}] must be {'an int >= 0' if name == 'rank_pattern' else 'a number > 0'}, "
-                                     f"got {value!r}")
+        for key, value in self.rank_pattern.items():
+            _check_regex("rank_pattern", key)
+            if not _is_int(value) or value < 0:
+                raise ValueError(f"rank_pattern[{key!r}] must be an int >= 0, got {value!r}")
+        for key, value in self.alpha_pattern.items():
+            _check_regex("alpha_pattern", key)
+            if not _is_number(value) or value <= 0:
+                raise ValueError(f"alpha_pattern[{key!r}] must be a number > 0, got {value!r}")
 
     def _check_shortcuts(self) -> None:
         if self.shortcuts == "all":

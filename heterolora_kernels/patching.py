@@ -6,8 +6,6 @@ Everything is planned and checked before the first module is touched; a failure 
 from __future__ import annotations
 
 import math
-import re
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,17 +29,19 @@ from heterolora_kernels.layers import (
     make_adapter,
 )
 from heterolora_kernels.ops.ledger import Collector, Ledger
-from heterolora_kernels.sites import (
-    SHORTCUTS,
-    SITES,
-    Carrier,
-    LayerState,
-    PatchedLayer,
-    PatchedStack,
-    Site,
-    site_of,
-    why_refused,
+from heterolora_kernels.planning import (
+    PlannedLayer,
+    PlannedPath,
+    check_heads,
+    check_shortcut_layers,
+    find_targets,
+    is_below,
+    is_conv1d,
+    plan_layers,
+    plan_lora,
+    plan_shortcuts,
 )
+from heterolora_kernels.sites import SHORTCUTS, Carrier, LayerState, PatchedLayer, PatchedStack
 
 _STATE = "_heterolora_state"
 _ADAPTER_NAMES = ("lora_A", "lora_B", "lora_mask")
@@ -106,230 +106,6 @@ def state_of(model: nn.Module) -> HeteroLoraState:
     return unwrap(model).__dict__[_STATE]
 
 
-# ---- planning: nothing below changes the model ----
-
-
-def _matches(name: str, patterns: str | Sequence[str]) -> bool:
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
-    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
-
-
-def _pattern_value(name: str, pattern: Mapping[str, float], default):
-    """The value of the first key that is the name, a suffix of it, or a regular expression that its end matches (PEFT's rule)."""
-    for key, value in pattern.items():
-        if name == key or re.match(rf"(.*\.)?({key})$", name):
-            return value
-    return default
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    # By name and place: importing transformers for an isinstance would make it a core dependency.
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
-
-
-def _why_no_base(name: str, module: nn.Module, parent: nn.Module) -> str | None:
-    """Why a module cannot be the base of paths, or None."""
-    if isinstance(parent, nn.MultiheadAttention):
-        return "nn.MultiheadAttention reads its weight and never calls it as a module"
-    if _is_conv1d(module):
-        return None
-    if not isinstance(module, nn.Linear):
-        return f"it is a {type(module).__name__}, and only nn.Linear and GPT-2's Conv1D can be adapted"
-    if type(module).forward is not nn.Linear.forward:
-        return f"its class {type(module).__name__} computes something else than nn.Linear (a quantised base?)"
-    if isinstance(module.weight, nn.parameter.UninitializedParameter):
-        return "it is a LazyLinear that has not seen an input yet"
-    return None
-
-
-def _features(module: nn.Module) -> tuple[int, int]:
-    """(in_features, out_features)."""
-    out_features, in_features = module.weight.shape
-    return (out_features, in_features) if _is_conv1d(module) else (in_features, out_features)
-
-
-def _below(name: str, heads: Sequence[str]) -> bool:
-    """Whether a module is one of the heads or lies below one."""
-    return any(part in heads for part in name.split("."))
-
-
-def _output_embeddings(model: nn.Module) -> set[int]:
-    getter = getattr(model, "get_output_embeddings", None)
-    try:
-        found = getter() if getter is not None else None
-    except (NotImplementedError, AttributeError):
-        # Base models of some families define the getter without having the head.
-        found = None
-    return {id(found)} if found is not None else set()
-
-
-def _find_targets(model: nn.Module, config: HeteroLoraConfig) -> dict[str, nn.Module]:
-    """``{name: module}`` of the linears that get LoRA."""
-    modules = dict(model.named_modules())
-    everything = config.target_modules == "all-linear"
-    head = _output_embeddings(model)
-    targets, refused, touched = {}, {}, set()
-    for name, module in modules.items():
-        if not name:
-            continue
-        parent = modules[name.rpartition(".")[0]]
-        if everything:
-            wanted = (isinstance(module, nn.Linear) or _is_conv1d(module)) and id(module) not in head \
-                and not _below(name, config.heads)
-        else:
-            wanted = _matches(name, config.target_modules)
-        if not wanted or _matches(name, config.exclude_modules):
-            continue
-        if not everything and not isinstance(config.target_modules, str):
-            touched.update(t for t in config.target_modules if _matches(name, (t,)))
-        reason = _why_no_base(name, module, parent)
-        if reason is None:
-            targets[name] = module
-        else:
-            refused[name] = reason
-    if refused and not (everything and all(isinstance(modules[n.rpartition(".")[0]], nn.MultiheadAttention) for n in refused)):
-        listed = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
-        raise ValueError(f"target_modules selects modules that cannot be adapted: {listed}. Name them in exclude_modules.")
-    if refused:
-        warnings.warn(f"not adapted, because nn.MultiheadAttention never calls them as modules: {sorted(refused)}", stacklevel=4)
-    if everything:
-        _warn_about_experts(modules)
-    if not targets and len(config.target_modules) > 0:
-        names = sorted({name.rpartition('.')[2] for name, m in modules.items() if isinstance(m, nn.Linear) or _is_conv1d(m)})
-        raise ValueError(f"target_modules {config.target_modules!r} matches no linear of the model; the model's linears are "
-                         f"called {names}")
-    if not everything and not isinstance(config.target_modules, str):
-        missed = [target for target in config.target_modules if target not in touched]
-        if missed:
-            warnings.warn(f"target_modules: {missed} match no linear of the model", stacklevel=4)
-    return targets
-
-
-def _warn_about_experts(modules: Mapping[str, nn.Module]) -> None:
-    experts = [name for name, module in modules.items() if not isinstance(module, nn.modules.conv._ConvNd)
-               and any(p.dim() == 3 for p in module._parameters.values() if p is not None)]
-    if experts:
-        warnings.warn(f"not adapted, because their weights are 3-D parameters and no nn.Linear: {experts}", stacklevel=5)
-
-
-@dataclass
-class _PlannedPath:
-    name: str
-    site: str | None
-    r: int
-    alpha: float
-    in_features: int
-    out_features: int
-
-
-@dataclass
-class _PlannedLayer:
-    name: str
-    module: nn.Module
-    site: Site
-    stack: nn.Module
-    stack_key: tuple[int, str]
-    index: int = 0
-
-
-def _plan_layers(model: nn.Module, config: HeteroLoraConfig) -> list[_PlannedLayer]:
-    """The layers that get shortcuts, with their place in their stack."""
-    modules = dict(model.named_modules())
-    layers: list[_PlannedLayer] = []
-    counts: dict[tuple[int, str], int] = {}
-    for name, module in modules.items():
-        site = site_of(module, config.sites)
-        if site is None or not name:
-            continue
-        if not isinstance(site, Site):
-            raise TypeError(f"sites[{type(module).__name__!r}] must be a Site, got {type(site).__name__}")
-        container = name.rpartition(".")[0]
-        owner = container
-        while owner and isinstance(modules[owner], (nn.ModuleList, nn.ModuleDict)):
-            owner = owner.rpartition(".")[0]
-        key = (id(modules[owner]), container)
-        layers.append(_PlannedLayer(name, module, site, modules[owner], key, counts.get(key, 0)))
-        counts[key] = counts.get(key, 0) + 1
-    return layers
-
-
-def _check_shortcut_layers(model: nn.Module, config: HeteroLoraConfig, layers: Sequence[_PlannedLayer]) -> None:
-    if not layers:
-        repeated = [child for m in model.modules() if isinstance(m, nn.ModuleList) for child in m]
-        classes = sorted({type(child).__name__ for child in repeated})
-        raise ValueError(
-            f"shortcuts: no layer of the model is in the table of known classes {sorted(SITES)}; describe yours by "
-            "sites={\"ClassName\": Site(h, f, attention, feed_forward, attention_norm=None, feed_forward_norm=None)}; "
-            f"the repeated classes of this model are {classes}")
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ValueError("shortcuts are not defined for encoder-decoder models; use shortcuts=()")
-    for layer in layers:
-        reason = why_refused(layer.module)
-        if reason is not None:
-            raise ValueError(f"shortcuts: layer {layer.name!r} ({type(layer.module).__name__}) is refused: {reason}")
-        for role in ("h", "f", "attention", "feed_forward", "attention_norm", "feed_forward_norm"):
-            target = getattr(layer.site, role)
-            if target is None and role.endswith("_norm"):
-                continue
-            try:
-                module = layer.module.get_submodule(target)
-            except AttributeError as error:
-                raise ValueError(f"sites: {type(layer.module).__name__} has no module {target!r} ({role}): {error}") from error
-            if role in ("attention", "feed_forward"):
-                parent = layer.module.get_submodule(target.rpartition(".")[0])
-                reason = _why_no_base(target, module, parent)
-                if reason is not None:
-                    raise ValueError(f"shortcuts: {layer.name}.{target} ({role}) cannot take a path: {reason}")
-        for site in config.shortcuts:
-            if hasattr(layer.module, site):
-                raise ValueError(f"shortcuts: layer {layer.name!r} already has an attribute {site!r}")
-
-
-def _plan_shortcuts(layers: Sequence[_PlannedLayer], config: HeteroLoraConfig) -> list[tuple[_PlannedLayer, _PlannedPath, str]]:
-    """``(layer, path, name of the module whose output it joins)``."""
-    planned = []
-    for layer in layers:
-        for site in config.shortcuts:
-            source, part = SHORTCUTS[site]
-            if source == "f_prev" and layer.index == 0:
-                continue
-            linear = getattr(layer.site, part)
-            # Sources are the residual stream, whose width is that of the linear's output.
-            width = _features(layer.module.get_submodule(linear))[1]
-            base = getattr(layer.site, f"{part}_norm") or linear
-            r = config.shortcut_r or config.r
-            planned.append((layer, _PlannedPath(f"{layer.name}.{site}", site, r, config.shortcut_alpha, width, width),
-                            f"{layer.name}.{base}"))
-    return planned
-
-
-def _plan_lora(targets: Mapping[str, nn.Module], config: HeteroLoraConfig) -> list[_PlannedPath]:
-    for field_name in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, field_name):
-            if not any(_pattern_value(name, {key: True}, False) for name in targets):
-                raise ValueError(f"{field_name}: {key!r} matches no adapted module")
-    planned = []
-    for name, module in targets.items():
-        r = _pattern_value(name, config.rank_pattern, config.r)
-        if r > 0:
-            planned.append(_PlannedPath(name, None, r, _pattern_value(name, config.alpha_pattern, config.lora_alpha),
-                                        *_features(module)))
-    return planned
-
-
-def _check_heads(model: nn.Module, config: HeteroLoraConfig) -> None:
-    if config.modules_to_save is None:
-        return
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    missed = [head for head in config.modules_to_save if head not in names]
-    if missed:
-        raise ValueError(f"modules_to_save: {missed} match no module of the model")
-
-
-# ---- patching ----
-
-
 class _Patcher:
     """One run of apply_heterolora after planning."""
 
@@ -337,56 +113,49 @@ class _Patcher:
         self.model, self.config, self.state = model, config, state
         self.modules = dict(model.named_modules())
 
-    def make_path(self, plan: _PlannedPath, weight: Tensor) -> tuple[Path, tuple]:
+    def add_path(self, plan: PlannedPath, weight: Tensor, holder: nn.Module, paths: PathSet) -> None:
+        """Create the path's tensors on its holder and enter it in the path set."""
         dtype = self.config.adapter_dtype
         if dtype is None:
             dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
-        tensors = make_adapter(plan.name, plan.r, plan.in_features, plan.out_features, self.config.seed, self.config.init_B,
-                               dtype, weight.device)
+        lora_A, lora_B, mask = make_adapter(plan.name, plan.r, plan.in_features, plan.out_features, self.config.seed,
+                                            self.config.init_B, dtype, weight.device)
         root = math.sqrt(plan.r) if self.config.use_rslora else plan.r
-        return Path(plan.name, self.model, plan.site, plan.r, plan.alpha / root), tensors
+        path = Path(plan.name, holder, plan.site, plan.r, plan.alpha / root)
+        paths.paths.append(path)
+        self.state.paths[plan.name] = path
+        holder.register_parameter("lora_A", lora_A)
+        holder.register_parameter("lora_B", lora_B)
+        holder.register_buffer("lora_mask", mask)
 
     def path_set(self, name: str) -> PathSet:
         """The path set of a module, patching it at the first call."""
         module = self.modules[name]
         if not is_swapped(module):
-            mixin = PatchedConv1D if _is_conv1d(module) else PatchedLinear if isinstance(module, nn.Linear) else PatchedNorm
+            mixin = PatchedConv1D if is_conv1d(module) else PatchedLinear if isinstance(module, nn.Linear) else PatchedNorm
             module._heterolora = PathSet([], self.state.switches, float(self.config.lora_dropout))
             self.state.linears.append(module)
             swap_class(module, mixin)
         return module._heterolora
 
-    def attach(self, holder: nn.Module, tensors: tuple) -> None:
-        lora_A, lora_B, mask = tensors
-        holder.register_parameter("lora_A", lora_A)
-        holder.register_parameter("lora_B", lora_B)
-        holder.register_buffer("lora_mask", mask)
-
-    def add_lora(self, plan: _PlannedPath) -> None:
+    def add_lora(self, plan: PlannedPath) -> None:
         module = self.modules[plan.name]
-        path, tensors = self.make_path(plan, module.weight)
-        path.holder = module
-        self.path_set(plan.name).paths.append(path)
-        self.attach(module, tensors)
-        self.state.paths[plan.name] = path
+        self.add_path(plan, module.weight, module, self.path_set(plan.name))
 
-    def add_shortcut(self, layer_state: LayerState, layer: _PlannedLayer, plan: _PlannedPath, base: str) -> None:
-        linear = layer.module.get_submodule(getattr(layer.site, SHORTCUTS[plan.site][1]))
-        path, tensors = self.make_path(plan, linear.weight)
+    def add_shortcut(self, layer_state: LayerState, layer: PlannedLayer, plan: PlannedPath, base: str) -> None:
         paths = self.path_set(base)
         paths.layer = layer_state
-        path.holder = ShortcutPath(plan.in_features, plan.out_features, paths)
-        self.attach(path.holder, tensors)
-        paths.paths.append(path)
-        self.state.paths[plan.name] = path
-        layer.module.add_module(plan.site, path.holder)
+        holder = ShortcutPath(plan.in_features, plan.out_features, paths)
+        linear = layer.module.get_submodule(getattr(layer.site, SHORTCUTS[plan.site][1]))
+        self.add_path(plan, linear.weight, holder, paths)
+        layer.module.add_module(plan.site, holder)
 
-    def patch_layer(self, layer: _PlannedLayer, state: LayerState) -> None:
+    def patch_layer(self, layer: PlannedLayer, state: LayerState) -> None:
         layer.module._heterolora = state
         self.state.layers.append(layer.module)
         swap_class(layer.module, PatchedLayer)
 
-    def capture(self, layer: _PlannedLayer, state: LayerState) -> None:
+    def capture(self, layer: PlannedLayer, state: LayerState) -> None:
         for target, hook in ((layer.site.h, state.capture_h), (layer.site.f, state.capture_f)):
             module = layer.module.get_submodule(target)
             handle = module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -403,7 +172,7 @@ class _Patcher:
                 groups.append(group)
         return groups
 
-    def run(self, lora: Sequence[_PlannedPath], layers: Sequence[_PlannedLayer], shortcuts) -> None:
+    def run(self, lora: Sequence[PlannedPath], layers: Sequence[PlannedLayer], shortcuts) -> None:
         for plan in lora:
             self.add_lora(plan)
         carriers: dict[tuple[int, str], Carrier] = {}
@@ -446,7 +215,7 @@ class _Patcher:
     def _freeze(self) -> None:
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             owner, _, leaf = name.rpartition(".")
-            if leaf not in _ADAPTER_NAMES and not _below(owner, self.config.heads):
+            if leaf not in _ADAPTER_NAMES and not is_below(owner, self.config.heads):
                 parameter.requires_grad_(False)
 
 
@@ -469,13 +238,13 @@ def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
         raise TypeError(f"config must be a HeteroLoraConfig, got {type(config).__name__}")
     if any(is_swapped(module) for module in model.modules()):
         raise ValueError("model is already patched: call remove_heterolora(model) first")
-    targets = _find_targets(model, config) if len(config.target_modules) > 0 else {}
-    _check_heads(model, config)
-    lora = _plan_lora(targets, config)
-    layers = _plan_layers(model, config) if config.shortcuts else []
+    targets = find_targets(model, config) if len(config.target_modules) > 0 else {}
+    check_heads(model, config)
+    lora = plan_lora(targets, config)
+    layers = plan_layers(model, config) if config.shortcuts else []
     if config.shortcuts:
-        _check_shortcut_layers(model, config, layers)
-    shortcuts = _plan_shortcuts(layers, config)
+        check_shortcut_layers(model, config, layers)
+    shortcuts = plan_shortcuts(layers, config)
     if not lora and not shortcuts:
         raise ValueError("rank_pattern sets every adapted module to rank 0: nothing is left to train")
     modules = dict(model.named_modules())
@@ -572,7 +341,7 @@ def _merged_weight(path: Path) -> Tensor:
     weight = path.holder.weight
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     delta = path.scaling * (path.lora_B.to(dtype)[:, path.mask] @ path.lora_A.to(dtype)[path.mask])
-    return (weight.to(dtype) + (delta.t() if _is_conv1d(path.holder) else delta)).to(weight.dtype)
+    return (weight.to(dtype) + (delta.t() if is_conv1d(path.holder) else delta)).to(weight.dtype)
 
 
 @contextmanager

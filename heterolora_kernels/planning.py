@@ -1,0 +1,231 @@
+"""What patching will do: targets, layers and paths, found and checked. Nothing here changes the model."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from heterolora_kernels.config import HeteroLoraConfig
+from heterolora_kernels.sites import SHORTCUTS, SITES, Site, site_of, why_refused
+
+
+def _matches(name: str, patterns: str | Sequence[str]) -> bool:
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
+
+
+def _pattern_value(name: str, pattern: Mapping[str, float], default):
+    """The value of the first key that is the name, a suffix of it, or a regular expression that its end matches (PEFT's rule)."""
+    for key, value in pattern.items():
+        if name == key or re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return default
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    # By name and place: importing transformers for an isinstance would make it a core dependency.
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def _why_no_base(name: str, module: nn.Module, parent: nn.Module) -> str | None:
+    """Why a module cannot be the base of paths, or None."""
+    if isinstance(parent, nn.MultiheadAttention):
+        return "nn.MultiheadAttention reads its weight and never calls it as a module"
+    if is_conv1d(module):
+        return None
+    if not isinstance(module, nn.Linear):
+        return f"it is a {type(module).__name__}, and only nn.Linear and GPT-2's Conv1D can be adapted"
+    if type(module).forward is not nn.Linear.forward:
+        return f"its class {type(module).__name__} computes something else than nn.Linear (a quantised base?)"
+    if isinstance(module.weight, nn.parameter.UninitializedParameter):
+        return "it is a LazyLinear that has not seen an input yet"
+    return None
+
+
+def _features(module: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features)."""
+    out_features, in_features = module.weight.shape
+    return (out_features, in_features) if is_conv1d(module) else (in_features, out_features)
+
+
+def is_below(name: str, heads: Sequence[str]) -> bool:
+    """Whether a module is one of the heads or lies below one."""
+    return any(part in heads for part in name.split("."))
+
+
+def _output_embeddings(model: nn.Module) -> set[int]:
+    getter = getattr(model, "get_output_embeddings", None)
+    try:
+        found = getter() if getter is not None else None
+    except (NotImplementedError, AttributeError):
+        # Base models of some families define the getter without having the head.
+        found = None
+    return {id(found)} if found is not None else set()
+
+
+def find_targets(model: nn.Module, config: HeteroLoraConfig) -> dict[str, nn.Module]:
+    """``{name: module}`` of the linears that get LoRA."""
+    modules = dict(model.named_modules())
+    everything = config.target_modules == "all-linear"
+    head = _output_embeddings(model)
+    targets, refused, touched = {}, {}, set()
+    for name, module in modules.items():
+        if not name:
+            continue
+        parent = modules[name.rpartition(".")[0]]
+        if everything:
+            wanted = (isinstance(module, nn.Linear) or is_conv1d(module)) and id(module) not in head \
+                and not is_below(name, config.heads)
+        else:
+            wanted = _matches(name, config.target_modules)
+        if not wanted or _matches(name, config.exclude_modules):
+            continue
+        if not everything and not isinstance(config.target_modules, str):
+            touched.update(t for t in config.target_modules if _matches(name, (t,)))
+        reason = _why_no_base(name, module, parent)
+        if reason is None:
+            targets[name] = module
+        else:
+            refused[name] = reason
+    if refused and not (everything and all(isinstance(modules[n.rpartition(".")[0]], nn.MultiheadAttention) for n in refused)):
+        listed = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+        raise ValueError(f"target_modules selects modules that cannot be adapted: {listed}. Name them in exclude_modules.")
+    if refused:
+        warnings.warn(f"not adapted, because nn.MultiheadAttention never calls them as modules: {sorted(refused)}", stacklevel=4)
+    if everything:
+        _warn_about_experts(modules)
+    if not targets and len(config.target_modules) > 0:
+        names = sorted({name.rpartition('.')[2] for name, m in modules.items() if isinstance(m, nn.Linear) or is_conv1d(m)})
+        raise ValueError(f"target_modules {config.target_modules!r} matches no linear of the model; the model's linears are "
+                         f"called {names}")
+    if not everything and not isinstance(config.target_modules, str):
+        missed = [target for target in config.target_modules if target not in touched]
+        if missed:
+            warnings.warn(f"target_modules: {missed} match no linear of the model", stacklevel=4)
+    return targets
+
+
+def _warn_about_experts(modules: Mapping[str, nn.Module]) -> None:
+    experts = [name for name, module in modules.items() if not isinstance(module, nn.modules.conv._ConvNd)
+               and any(p.dim() == 3 for p in module._parameters.values() if p is not None)]
+    if experts:
+        warnings.warn(f"not adapted, because their weights are 3-D parameters and no nn.Linear: {experts}", stacklevel=5)
+
+
+@dataclass
+class PlannedPath:
+    name: str
+    site: str | None
+    r: int
+    alpha: float
+    in_features: int
+    out_features: int
+
+
+@dataclass
+class PlannedLayer:
+    name: str
+    module: nn.Module
+    site: Site
+    stack: nn.Module
+    stack_key: tuple[int, str]
+    index: int = 0
+
+
+def plan_layers(model: nn.Module, config: HeteroLoraConfig) -> list[PlannedLayer]:
+    """The layers that get shortcuts, with their place in their stack."""
+    modules = dict(model.named_modules())
+    layers: list[PlannedLayer] = []
+    counts: dict[tuple[int, str], int] = {}
+    for name, module in modules.items():
+        site = site_of(module, config.sites)
+        if site is None or not name:
+            continue
+        if not isinstance(site, Site):
+            raise TypeError(f"sites[{type(module).__name__!r}] must be a Site, got {type(site).__name__}")
+        container = name.rpartition(".")[0]
+        owner = container
+        while owner and isinstance(modules[owner], (nn.ModuleList, nn.ModuleDict)):
+            owner = owner.rpartition(".")[0]
+        key = (id(modules[owner]), container)
+        layers.append(PlannedLayer(name, module, site, modules[owner], key, counts.get(key, 0)))
+        counts[key] = counts.get(key, 0) + 1
+    return layers
+
+
+def check_shortcut_layers(model: nn.Module, config: HeteroLoraConfig, layers: Sequence[PlannedLayer]) -> None:
+    if not layers:
+        repeated = [child for m in model.modules() if isinstance(m, nn.ModuleList) for child in m]
+        classes = sorted({type(child).__name__ for child in repeated})
+        raise ValueError(
+            f"shortcuts: no layer of the model is in the table of known classes {sorted(SITES)}; describe yours by "
+            "sites={\"ClassName\": Site(h, f, attention, feed_forward, attention_norm=None, feed_forward_norm=None)}; "
+            f"the repeated classes of this model are {classes}")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError("shortcuts are not defined for encoder-decoder models; use shortcuts=()")
+    for layer in layers:
+        reason = why_refused(layer.module)
+        if reason is not None:
+            raise ValueError(f"shortcuts: layer {layer.name!r} ({type(layer.module).__name__}) is refused: {reason}")
+        for role in ("h", "f", "attention", "feed_forward", "attention_norm", "feed_forward_norm"):
+            target = getattr(layer.site, role)
+            if target is None and role.endswith("_norm"):
+                continue
+            try:
+                module = layer.module.get_submodule(target)
+            except AttributeError as error:
+                raise ValueError(f"sites: {type(layer.module).__name__} has no module {target!r} ({role}): {error}") from error
+            if role in ("attention", "feed_forward"):
+                parent = layer.module.get_submodule(target.rpartition(".")[0])
+                reason = _why_no_base(target, module, parent)
+                if reason is not None:
+                    raise ValueError(f"shortcuts: {layer.name}.{target} ({role}) cannot take a path: {reason}")
+        for site in config.shortcuts:
+            if hasattr(layer.module, site):
+                raise ValueError(f"shortcuts: layer {layer.name!r} already has an attribute {site!r}")
+
+
+def plan_shortcuts(layers: Sequence[PlannedLayer], config: HeteroLoraConfig) -> list[tuple[PlannedLayer, PlannedPath, str]]:
+    """``(layer, path, name of the module whose output it joins)``."""
+    planned = []
+    for layer in layers:
+        for site in config.shortcuts:
+            source, part = SHORTCUTS[site]
+            if source == "f_prev" and layer.index == 0:
+                continue
+            linear = getattr(layer.site, part)
+            # Sources are the residual stream, whose width is that of the linear's output.
+            width = _features(layer.module.get_submodule(linear))[1]
+            base = getattr(layer.site, f"{part}_norm") or linear
+            r = config.shortcut_r or config.r
+            planned.append((layer, PlannedPath(f"{layer.name}.{site}", site, r, config.shortcut_alpha, width, width),
+                            f"{layer.name}.{base}"))
+    return planned
+
+
+def plan_lora(targets: Mapping[str, nn.Module], config: HeteroLoraConfig) -> list[PlannedPath]:
+    for field_name in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, field_name):
+            if not any(_pattern_value(name, {key: True}, False) for name in targets):
+                raise ValueError(f"{field_name}: {key!r} matches no adapted module")
+    planned = []
+    for name, module in targets.items():
+        r = _pattern_value(name, config.rank_pattern, config.r)
+        if r > 0:
+            planned.append(PlannedPath(name, None, r, _pattern_value(name, config.alpha_pattern, config.lora_alpha),
+                                        *_features(module)))
+    return planned
+
+
+def check_heads(model: nn.Module, config: HeteroLoraConfig) -> None:
+    if config.modules_to_save is None:
+        return
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    missed = [head for head in config.modules_to_save if head not in names]
+    if missed:
+        raise ValueError(f"modules_to_save: {missed} match no module of the model")
