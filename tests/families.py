@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -132,13 +133,13 @@ def make_model(family: str | Family, dtype: torch.dtype = torch.float32, seed: i
 
 
 def make_inputs(seed: int = 1, batch: int = 2, length: int = 7, padding: bool = True) -> dict[str, Tensor]:
-    """Token ids with labels, two padded positions at the left of the first row."""
+    """Token ids with labels, the last two positions of the first row are padding."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCAB, (batch, length), generator=generator)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
     if padding:
-        inputs["attention_mask"][0, :2] = 0
-        inputs["labels"][0, :2] = -100
+        inputs["attention_mask"][0, -2:] = 0
+        inputs["labels"][0, -2:] = -100
     return inputs
 
 
@@ -172,11 +173,11 @@ def make_patched(family: str | Family, dtype: torch.dtype = torch.float64, **opt
 
 
 def open_adapters(model: nn.Module, seed: int = 7, scale: float = 0.1) -> None:
-    """Random lora_B everywhere, so that every path has an effect."""
-    generator = torch.Generator().manual_seed(seed)
+    """Random lora_B everywhere, drawn by name, so that every path has an effect."""
     with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
+        for name, parameter in model.named_parameters():
             if name.endswith("lora_B"):
+                generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
 
 
@@ -186,10 +187,16 @@ def adapter_gradients(model: nn.Module) -> dict[str, Tensor | None]:
             for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def loss_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """Cross entropy in the dtype of the logits (``.loss`` would be float32 in a float64 model)."""
+    logits = model(**{key: value for key, value in inputs.items() if key != "labels"}).logits
+    return nn.functional.cross_entropy(logits.flatten(0, -2), inputs["labels"].flatten())
+
+
 def loss_and_gradients(model: nn.Module, *batches: dict[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor | None]]:
     """Every loss in order, and the summed gradients; all forwards run before the first backward."""
     model.zero_grad(set_to_none=True)
-    losses = [model(**batch).loss for batch in batches]
+    losses = [loss_of(model, batch) for batch in batches]
     for loss in losses:
         loss.backward()
     return [loss.detach() for loss in losses], adapter_gradients(model)
@@ -249,7 +256,7 @@ class EagerTwin:
     def loss_and_gradients(self, *batches: dict[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor | None]]:
         for parameter in self.adapters.values():
             parameter.grad = None
-        losses = [self.model(**batch).loss for batch in batches]
+        losses = [loss_of(self.model, batch) for batch in batches]
         for loss in losses:
             loss.backward()
         return [loss.detach() for loss in losses], {name: p.grad for name, p in self.adapters.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from types import SimpleNamespace
 
 import torch
@@ -11,6 +12,9 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import heterolora_kernels as hlk
+
+# The models are too small for threads, and the machines that run these tests are shared.
+torch.set_num_threads(1)
 
 VOCAB = 23
 ALL_PROXIES = ("constant", "grad_norm", "snip", "taylor", "fisher", "gate")
@@ -40,9 +44,9 @@ class Net(nn.Module):
 NET_PATHS = tuple(f"layers.{index}" for index in range(4))
 
 
-def make_net(seed: int = 0, zero_B: bool = False, dtype: torch.dtype = torch.float32, **config) -> Net:
-    """A patched Net with lora_B != 0 unless ``zero_B``; r = 4."""
-    torch.manual_seed(seed)
+def make_net(weights: int = 0, zero_B: bool = False, dtype: torch.dtype = torch.float32, **config) -> Net:
+    """A patched Net with lora_B != 0 unless ``zero_B``; r = 4. ``weights``: seed of the base's weights."""
+    torch.manual_seed(weights)
     model = Net(dtype)
     hlk.apply_heterolora(model, hlk.HeteroLoraConfig(**{"r": 4, "interval": 4, "budget": 0.5, **config}))
     return model if zero_B else fill_B(model)
@@ -54,19 +58,19 @@ def net_batch(seed: int, size: int = 5, dtype: torch.dtype = torch.float32) -> d
             "target": torch.randn(size, Net.widths[-1], generator=generator, dtype=dtype)}
 
 
-def plain_llama(seed: int = 0, layers: int = 2, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
+def plain_llama(weights: int = 0, layers: int = 2, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    torch.manual_seed(weights)
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=VOCAB, hidden_size=16, intermediate_size=20, num_hidden_layers=layers, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=32, use_cache=False, initializer_range=0.2)).to(dtype)
 
 
-def make_llama(seed: int = 0, layers: int = 2, dtype: torch.dtype = torch.float32, zero_B: bool = False, **config):
+def make_llama(weights: int = 0, layers: int = 2, dtype: torch.dtype = torch.float32, zero_B: bool = False, **config):
     """A patched Llama with all shortcuts (unless the config says otherwise) and lora_B != 0.
 
     The scalings, 4 and 2, are exact in the float32 in which the op holds them: gates' gradients cancel.
     """
-    model = plain_llama(seed, layers, dtype)
+    model = plain_llama(weights, layers, dtype)
     hlk.apply_heterolora(model, hlk.HeteroLoraConfig(
         **{"r": 3, "lora_alpha": 12, "shortcuts": "all", "shortcut_r": 2, "interval": 4, **config}))
     return model if zero_B else fill_B(model)
@@ -121,6 +125,27 @@ def same_bits(first: dict, second: dict) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+def build(lr: float = 0.05, dataloader=None, steps_per_epoch=None, **config):
+    """``(model, optimizer, search)`` on the Net, with AdamW."""
+    model = make_net(**config)
+    optimizer = torch.optim.AdamW(trainable(model), lr=lr)
+    return model, optimizer, hlk.RankSearch(model, optimizer, dataloader, steps_per_epoch)
+
+
+def train(model, optimizer, search, steps: int, first: int = 0) -> None:
+    """``steps`` optimizer steps on the Net's batches from number ``first`` on."""
+    for step in range(first, first + steps):
+        train_step(model, optimizer, net_batch(step), search)
+
+
+def caught(function) -> list[str]:
+    """The texts of all UserWarnings that a call gives."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        function()
+    return [str(entry.message) for entry in seen if issubclass(entry.category, UserWarning)]
+
+
 class EagerTwin:
     """A plain Llama whose low-rank paths are forward hooks, differentiated by autograd alone.
 
@@ -129,9 +154,9 @@ class EagerTwin:
     gradient of its own.
     """
 
-    def __init__(self, patched: nn.Module, seed: int = 0, layers: int = 2, dtype: torch.dtype = torch.float64):
+    def __init__(self, patched: nn.Module, weights: int = 0, layers: int = 2, dtype: torch.dtype = torch.float64):
         config = patched.__dict__["_heterolora_state"].config
-        self.patched, self.plain = patched, plain_llama(seed, layers, dtype)
+        self.patched, self.plain = patched, plain_llama(weights, layers, dtype)
         self.plain.requires_grad_(False)
         self.scaling = {path: config.shortcut_alpha / config.shortcut_r if self._is_shortcut(path)
                         else config.lora_alpha / config.r for path in path_names(patched)}

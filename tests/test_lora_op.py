@@ -361,11 +361,11 @@ def _cases(draw):
     paths = draw(st.lists(path, max_size=3))
     paths += [(draw(st.integers(0, 13)), draw(st.integers(0, len(outs) - 1)), j) for j in range(len(sizes))]
     return Case(m=draw(st.integers(0, 6)), k=draw(st.integers(1, 18)), outs=outs, source_sizes=sizes, paths=tuple(paths),
-                biases=tuple(draw(st.booleans()) for _ in outs), dropout_p=draw(st.sampled_from([0.0, 0.2, 0.7])),
+                biases=tuple(draw(st.booleans()) for _ in outs), dropout_p=draw(st.sampled_from([0.2, 0.0, 0.7])),
                 gates=draw(st.sampled_from(["ones", "mixed", "closed_first"])), seed=draw(st.integers(0, 99)))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@settings(max_examples=120, deadline=None, derandomize=True, database=None)
 @given(case=_cases(), dtype=st.sampled_from([torch.float64, torch.float32]), strided=st.booleans())
 def test_fuzz_equals_dense(case, dtype, strided):
     inputs = make_inputs(case, dtype)

@@ -119,6 +119,105 @@ def test_in_step_of_another_proxy_reads_the_same_window():
     assert_scores_close(search.score(score="in_step", proxy="taylor"), expected_scores("taylor", records))
 
 
+class ScaleOnly:
+    """Of a GradScaler what a search reads, with a loop that scales by hand."""
+
+    def get_scale(self):
+        return 256.0
+
+
+def scaled_window(scaler, proxy, steps=4, overflow=(), micro_batches=1, fused=False):
+    """A search over a run whose loss is scaled; at the steps of ``overflow`` one parameter's gradient is infinite.
+
+    What the ledger collects is finite all the same.
+    """
+    model = make_net(proxy=proxy, interval=20, num_batches=20, warmup=0)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, fused=fused)
+    search = hlk.RankSearch(model, optimizer, scaler=scaler)
+    search.start()
+    for step in range(steps):
+        optimizer.zero_grad()
+        for micro in range(micro_batches):
+            # A step that overflowed is left out by the run that it is compared to: batches count the others.
+            number = step - sum(skipped < step for skipped in overflow)
+            loss = model(**net_batch(10 * number + micro)).loss
+            (loss if scaler is None else scaler.scale(loss)).backward()
+        if step in overflow:
+            adapter(model, "layers.3").lora_B.grad[0, 0] = float("inf")
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
+        search.step()
+    return search
+
+
+def grad_scaler(**options):
+    return torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2, **options)
+
+
+@pytest.mark.parametrize("proxy", STREAMED)
+def test_statistics_of_scaled_losses_are_unscaled(proxy):
+    # The scale doubles after two steps: each step is unscaled by its own.
+    scaled, plain = scaled_window(grad_scaler(), proxy), scaled_window(None, proxy)
+    assert_scores_close(scaled.score(score="in_step"), plain.score(score="in_step"))
+
+
+def test_statistics_are_unscaled_before_gradients_are_clipped():
+    model = make_net(interval=20, num_batches=20, warmup=0)
+    optimizer, scaler = torch.optim.SGD(trainable(model), lr=0.1), grad_scaler()
+    search = hlk.RankSearch(model, optimizer, scaler=scaler)
+    search.start()
+    loss = model(**net_batch(0)).loss
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    expected = {path: (adapter(model, path).lora_A.grad.norm() + adapter(model, path).lora_B.grad.norm()).item()
+                for path in path_names(model)}
+    torch.nn.utils.clip_grad_norm_(trainable(model), 1e-3)
+    scaler.step(optimizer)
+    assert_scores_close(search.score(score="in_step"), expected)
+
+
+def test_any_object_with_get_scale_is_a_scaler():
+    model = make_net(interval=20, num_batches=20, warmup=0)
+    optimizer = torch.optim.SGD(trainable(model), lr=0.0)
+    search = hlk.RankSearch(model, optimizer, scaler=ScaleOnly())
+    search.start()
+    (256 * model(**net_batch(0)).loss).backward()
+    optimizer.step()
+    assert_scores_close(search.score(score="in_step"), search.score([net_batch(0)], score="probe"))
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("overflow", [(0,), (2,), (1, 2)], ids=str)
+def test_a_step_skipped_on_overflow_leaves_no_trace(overflow, micro_batches, fused):
+    scaled = scaled_window(grad_scaler(), "grad_norm", 3 + len(overflow), overflow, micro_batches, fused)
+    plain = scaled_window(None, "grad_norm", 3, (), micro_batches, fused)
+    assert_scores_close(scaled.score(score="in_step"), plain.score(score="in_step"))
+
+
+def test_steps_skipped_on_overflow_are_not_counted_as_batches():
+    search = scaled_window(grad_scaler(), "grad_norm", 4, overflow=(1,))
+    assert search.state_dict()["window"]["steps"] == 3
+
+
+def test_a_due_step_waits_while_all_steps_overflow():
+    model = make_net(interval=2, num_batches=2, warmup=0)
+    optimizer, scaler = torch.optim.SGD(trainable(model), lr=0.1), grad_scaler()
+    search = hlk.RankSearch(model, optimizer, scaler=scaler)
+    search.start()
+    chosen = []
+    for step, factor in enumerate([float("inf")] * 3 + [1.0]):
+        optimizer.zero_grad()
+        scaler.scale(model(**net_batch(step)).loss * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        chosen.append(search.step())
+    assert chosen == [False, False, False, True]
+
+
 @pytest.mark.parametrize("proxy", ["snip", "taylor", "gate"])
 def test_score_is_zero_at_zero_B(proxy):
     search = hlk.RankSearch(make_net(zero_B=True))

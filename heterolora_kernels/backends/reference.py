@@ -83,7 +83,7 @@ def _forward_paths(x, out_dtype_bases, sources, lora_A, lora_B, scaling, gate, a
         if row_mask is not None:
             h = h * row_mask
         if saves:
-            hidden[:, columns[p]:columns[p] + k] = h.to(x.dtype)
+            hidden[:, columns[p]:columns[p] + k] = (h * gate[first_rows[p]:first_rows[p] + k].to(dtype)).to(x.dtype)
         factor = gate[first_rows[p]:first_rows[p] + k].to(dtype) * scaling[p].to(dtype)
         delta = (h * factor) @ b[:, :k].to(dtype).t()  # (M, N)
         output = path_output[p]

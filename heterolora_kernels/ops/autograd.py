@@ -29,8 +29,8 @@ def _op(name: str, backend: str):
     return getattr(getattr(torch.ops, NAMESPACE), f"{name}_{backend}").default
 
 
-def _any(flags: Sequence[bool]) -> bool:
-    return any(flags)
+def _asked(grads: Sequence[Tensor], asked: Sequence[bool]) -> list[Tensor | None]:
+    return [grad if needed else None for grad, needed in zip(grads, asked)]
 
 
 class _LoraOp(torch.autograd.Function):
@@ -62,8 +62,8 @@ class _LoraOp(torch.autograd.Function):
         needs_bases, _, needs_biases, needs_sources, needs_A, needs_B = _split(
             ctx.needs_input_grad[13:], (n_bases, n_packs, n_biases, n_sources, n_paths, n_paths))
         needs = Needs.NONE
-        for asked, need in ((needs_x, Needs.X), (_any(needs_sources), Needs.SOURCES), (_any(needs_A), Needs.LORA_A),
-                            (_any(needs_B), Needs.LORA_B), (needs_probe, Needs.STATISTICS)):
+        for asked, need in ((needs_x, Needs.X), (any(needs_sources), Needs.SOURCES), (any(needs_A), Needs.LORA_A),
+                            (any(needs_B), Needs.LORA_B), (needs_probe, Needs.STATISTICS)):
             if asked:
                 needs |= need
         grad_outs = list(grad_outs)
@@ -72,14 +72,13 @@ class _LoraOp(torch.autograd.Function):
             grad_outs, x, *base_lists, sources, lora_A, lora_B, scaling, gate, active, rng, list(ctx.path_output),
             list(ctx.path_source), ctx.dropout_p, ctx.flags, hidden, mask, int(needs))
         if ctx.op == "lora_delta":
-            grad_bases = [grad if asked else None for grad, asked in zip(grad_outs, needs_bases)]
+            grad_bases = _asked(grad_outs, needs_bases)
         else:
             grad_bases = [grad.t() @ x if asked else None for grad, asked in zip(grad_outs, needs_bases)]
         grad_biases = [grad.sum(0) if asked else None for grad, asked in zip(grad_outs, needs_biases)]
-        keep = lambda grads, asked: [g if a else None for g, a in zip(grads, asked)]  # noqa: E731
         return (None, None, None, None, None, None, None, stats if needs_probe else None, grad_x if needs_x else None,
-                None, None, None, None, *grad_bases, *[None] * n_packs, *grad_biases, *keep(grad_sources, needs_sources),
-                *keep(grad_A, needs_A), *keep(grad_B, needs_B))
+                None, None, None, None, *grad_bases, *[None] * n_packs, *grad_biases, *_asked(grad_sources, needs_sources),
+                *_asked(grad_A, needs_A), *_asked(grad_B, needs_B))
 
 
 def _call(op: str, backend: str, x: Tensor, bases: Sequence[Tensor], packs: Sequence[Tensor], biases: Sequence[Tensor],
@@ -87,7 +86,7 @@ def _call(op: str, backend: str, x: Tensor, bases: Sequence[Tensor], packs: Sequ
           active: Tensor, rng: Tensor | None, path_output: Sequence[int], path_source: Sequence[int], dropout_p: float,
           probe: Tensor | None) -> list[Tensor]:
     tensors = (*bases, *packs, *biases, *sources, *lora_A, *lora_B)
-    if not torch.is_grad_enabled() or not (x.requires_grad or _any([t.requires_grad for t in tensors])):
+    if not torch.is_grad_enabled() or not (x.requires_grad or any([t.requires_grad for t in tensors])):
         base_lists = (bases,) if op == "lora_delta" else (bases, packs, biases)
         return _op(op, backend)(x, *base_lists, sources, lora_A, lora_B, scaling, gate, active, rng, path_output,
                                 path_source, dropout_p, 0)[0]
