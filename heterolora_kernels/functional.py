@@ -75,19 +75,15 @@ def lora_linear(x: Tensor, weight: Tensor, lora_A: Tensor | None, lora_B: Tensor
     for p, (_, a, b, _) in enumerate(paths):
         _require_tensor(f"lora_A[{p}]", a)
         _require_tensor(f"lora_B[{p}]", b)
-    flat = _flat(x)
     ranks = [a.shape[0] for _, a, _, _ in paths]
-    total = sum(ranks)
-    gates = torch.ones(total, dtype=torch.float32, device=x.device) if gate is None else gate
+    gates = torch.ones(sum(ranks), dtype=torch.float32, device=x.device) if gate is None else gate
     if dropout_p > 0 and rng is None:
         rng = draw_rng(x.device)
-    outs = call_lora_linear(
-        resolve(x.device, backend), flat, [weight], [], [bias if bias is not None else weight.new_empty((0,))], sources,
-        [a for _, a, _, _ in paths], [b for _, _, b, _ in paths],
+    return lora_linear_group(
+        x, [weight], [bias], sources, [a for _, a, _, _ in paths], [b for _, _, b, _ in paths],
         _as_vector("scaling", [s for _, _, _, s in paths], len(paths), torch.float32, x.device), gates,
-        torch.tensor(ranks, dtype=torch.int32, device=x.device), rng if dropout_p > 0 else None, [0] * len(paths),
-        [key for key, _, _, _ in paths], float(dropout_p))
-    return outs[0].reshape(*x.shape[:-1], weight.shape[0])
+        torch.tensor(ranks, dtype=torch.int32, device=x.device), [0] * len(paths), [key for key, _, _, _ in paths],
+        rng=rng if dropout_p > 0 else None, dropout_p=float(dropout_p), backend=backend)[0]
 
 
 def lora_linear_group(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], sources: Sequence[Tensor],
@@ -127,7 +123,8 @@ def lora_delta(base_out: Tensor, sources: Sequence[Tensor], lora_A: Sequence[Ten
         scaling, gate, active, rng, dropout_p, probe: as in the op's schema.
     """
     flat = _flat(base_out)
+    # No path reads x here, it only tells M and the dtype: detached, it asks for no gradient and is no duplicate input.
     outs = call_lora_delta(
-        resolve(base_out.device, backend), flat, [flat], [_flat(u) for u in sources], list(lora_A), list(lora_B), scaling,
-        gate, active, rng, [0] * len(lora_A), list(range(len(sources))), dropout_p, probe)
+        resolve(base_out.device, backend), flat.detach(), [flat], [_flat(u) for u in sources], list(lora_A), list(lora_B),
+        scaling, gate, active, rng, [0] * len(lora_A), list(range(len(sources))), dropout_p, probe)
     return outs[0].reshape(base_out.shape)

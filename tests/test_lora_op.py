@@ -237,7 +237,7 @@ def test_losses_of_some_outputs(make):
                                    rtol=1e-10, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("asked", [{"x"}, {"weights[1]"}, {"biases[0]"}, {"sources[1]"}, {"lora_A[2]"},
+@pytest.mark.parametrize("asked", [{"x"}, {"weights[0]"}, {"weights[2]", "biases[0]"}, {"sources[1]"}, {"lora_A[2]"},
                                    {"lora_B[0]", "lora_A[3]"}, {"lora_A[0]", "lora_B[0]", "lora_A[1]", "lora_B[1]"}],
                          ids=lambda names: "_".join(sorted(names)))
 def test_only_what_requires_grad_gets_one(asked):

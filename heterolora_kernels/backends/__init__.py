@@ -68,11 +68,12 @@ class use_backend:  # noqa: N801 - reads as a function, in both uses
     def __init__(self, name: str | None):
         if name is not None:
             _require(name)
+        self._name = name
         self._previous = _chosen[0]
         _chosen[0] = name
 
     def __enter__(self) -> None:
-        return None
+        _chosen[0] = self._name
 
     def __exit__(self, *exception) -> None:
         _chosen[0] = self._previous
@@ -96,10 +97,17 @@ def resolve(device: torch.device, backend: str | None = None) -> str:
             raise RuntimeError(f"backend {name!r} takes tensors on {list(found.device_types)}, got {device}")
     else:
         found = next(b for b in reversed(_backends.values()) if b.takes(device) and b.why_unavailable() is None)
-    if found.name not in _loaded:
-        importlib.import_module(found.module)
-        _loaded.add(found.name)
+    _load(found.name)
     return found.name
+
+
+@torch.compiler.assume_constant_result
+def _load(name: str) -> bool:
+    """Import the backend's module, once; under torch.compile while tracing, since an import cannot be traced."""
+    if name not in _loaded:
+        importlib.import_module(_backends[name].module)
+        _loaded.add(name)
+    return True
 
 
 register_backend(Backend("reference", "heterolora_kernels.backends.reference"))

@@ -83,7 +83,7 @@ def _forward_paths(x, out_dtype_bases, sources, lora_A, lora_B, scaling, gate, a
         if row_mask is not None:
             h = h * row_mask
         if saves:
-            hidden[:, columns[p]:columns[p] + k] = (h * gate[first_rows[p]:first_rows[p] + k].to(dtype)).to(x.dtype)
+            hidden[:, columns[p]:columns[p] + k] = h.to(x.dtype)
         factor = gate[first_rows[p]:first_rows[p] + k].to(dtype) * scaling[p].to(dtype)
         delta = (h * factor) @ b[:, :k].to(dtype).t()  # (M, N)
         output = path_output[p]
@@ -169,7 +169,7 @@ def _lora_linear_backward(grad_outs, x, weights, packs, biases, sources, lora_A,
                           path_output, path_source, dropout_p, flags, hidden, mask, needs):
     check_lora_linear(x, weights, packs, biases, sources, lora_A, lora_B, scaling, gate, active, rng, path_output,
                       path_source, dropout_p, flags)
-    check_backward(grad_outs, x, [w.shape[0] for w in weights], lora_A, hidden, needs)
+    check_backward(grad_outs, x, [w.shape[0] for w in weights], sources, lora_A, path_source, dropout_p, hidden, mask, needs)
     grad_x = None
     if needs & Needs.X:
         for grad, weight in zip(grad_outs, weights):
@@ -195,7 +195,8 @@ def _lora_delta_backward(grad_outs, x, base_outs, sources, lora_A, lora_B, scali
                          path_source, dropout_p, flags, hidden, mask, needs):
     check_lora_delta(x, base_outs, sources, lora_A, lora_B, scaling, gate, active, rng, path_output, path_source,
                      dropout_p, flags)
-    check_backward(grad_outs, x, [out.shape[1] for out in base_outs], lora_A, hidden, needs)
+    check_backward(grad_outs, x, [out.shape[1] for out in base_outs], sources, lora_A, path_source, dropout_p, hidden, mask,
+                   needs)
     return _backward_paths(grad_outs, None, x, sources, lora_A, lora_B, scaling, gate, active, path_output, path_source,
                            dropout_p, flags, hidden, mask, needs)
 

@@ -86,7 +86,8 @@ def _call(op: str, backend: str, x: Tensor, bases: Sequence[Tensor], packs: Sequ
           active: Tensor, rng: Tensor | None, path_output: Sequence[int], path_source: Sequence[int], dropout_p: float,
           probe: Tensor | None) -> list[Tensor]:
     tensors = (*bases, *packs, *biases, *sources, *lora_A, *lora_B)
-    if not torch.is_grad_enabled() or not (x.requires_grad or any([t.requires_grad for t in tensors])):
+    if not torch.is_grad_enabled() or not (x.requires_grad or any([t.requires_grad for t in tensors])
+                                           or (probe is not None and probe.requires_grad)):
         base_lists = (bases,) if op == "lora_delta" else (bases, packs, biases)
         return _op(op, backend)(x, *base_lists, sources, lora_A, lora_B, scaling, gate, active, rng, path_output,
                                 path_source, dropout_p, 0)[0]

@@ -181,4 +181,4 @@ class Ledger:
             yield collector
         finally:
             self.close(collector)
-            self._collectors = others
+            self._collectors = others + self._collectors

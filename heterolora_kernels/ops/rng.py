@@ -72,7 +72,7 @@ def dropout_keep(rng: Tensor, rows: int, columns: int, source_id: int, dropout_p
     words = philox_4x32_10((blocks + zero, row_ids + zero, zero + source_id, zero), key)
     words = torch.stack(torch.broadcast_tensors(*words), dim=-1)  # (M, K/8, 4)
     draws = torch.stack((words & 0xFFFF, words >> 16), dim=-1)  # (M, K/8, 4, 2): the low half first
-    return draws.reshape(rows, -1)[:, :columns] >= dropout_threshold(dropout_p)
+    return draws.reshape(rows, 8 * blocks.shape[1])[:, :columns] >= dropout_threshold(dropout_p)
 
 
 def pack_mask(keep: Tensor) -> Tensor:

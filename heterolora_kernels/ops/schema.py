@@ -203,8 +203,9 @@ def check_lora_delta(x, base_outs, sources, lora_A, lora_B, scaling, gate, activ
                  path_source, dropout_p, flags)
 
 
-def check_backward(grad_outs: Sequence[Tensor], x: Tensor, out_features: Sequence[int], lora_A: Sequence[Tensor],
-                   hidden: Tensor, needs: int) -> None:
+def check_backward(grad_outs: Sequence[Tensor], x: Tensor, out_features: Sequence[int], sources: Sequence[Tensor],
+                   lora_A: Sequence[Tensor], path_source: Sequence[int], dropout_p: float, hidden: Tensor, mask: Tensor,
+                   needs: int) -> None:
     """Check what a backward has beyond the inputs of its forward."""
     _expect(len(grad_outs) == len(out_features),
             lambda: f"grad_outs must have one entry per output ({len(out_features)}), got {len(grad_outs)}")
@@ -216,6 +217,11 @@ def check_backward(grad_outs: Sequence[Tensor], x: Tensor, out_features: Sequenc
     _expect(tuple(hidden.shape) == (x.shape[0], width),
             lambda: f"hidden must be [{x.shape[0]}, {width}], got {list(hidden.shape)}: was the forward run without Flags.SAVE?")
     _check_like_x("hidden", hidden, x)
+    ends = [end for _, end in mask_offsets(x, sources, path_source).values()]
+    shape = (x.shape[0], max(ends, default=0)) if dropout_p > 0 else (0,)
+    _expect(tuple(mask.shape) == shape, lambda: f"mask must be {list(shape)}, got {list(mask.shape)}")
+    _expect(mask.dtype == torch.uint8, lambda: f"mask must be torch.uint8, got {mask.dtype}", TypeError)
+    _check_device("mask", mask, x)
     _expect(0 <= needs < 2 * Needs.STATISTICS, lambda: f"needs must be a union of Needs, got {needs}")
 
 
@@ -257,7 +263,7 @@ def _fake_lora_linear_backward(grad_outs, x, weights, packs, biases, sources, lo
                                path_output, path_source, dropout_p, flags, hidden, mask, needs):
     check_lora_linear(x, weights, packs, biases, sources, lora_A, lora_B, scaling, gate, active, rng, path_output,
                       path_source, dropout_p, flags)
-    check_backward(grad_outs, x, [w.shape[0] for w in weights], lora_A, hidden, needs)
+    check_backward(grad_outs, x, [w.shape[0] for w in weights], sources, lora_A, path_source, dropout_p, hidden, mask, needs)
     return empty_gradients(x, sources, lora_A, lora_B, needs)
 
 
@@ -272,7 +278,8 @@ def _fake_lora_delta_backward(grad_outs, x, base_outs, sources, lora_A, lora_B, 
                               path_source, dropout_p, flags, hidden, mask, needs):
     check_lora_delta(x, base_outs, sources, lora_A, lora_B, scaling, gate, active, rng, path_output, path_source,
                      dropout_p, flags)
-    check_backward(grad_outs, x, [out.shape[1] for out in base_outs], lora_A, hidden, needs)
+    check_backward(grad_outs, x, [out.shape[1] for out in base_outs], sources, lora_A, path_source, dropout_p, hidden, mask,
+                   needs)
     return empty_gradients(x, sources, lora_A, lora_B, needs)
 
 
