@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from heterolora_kernels.config import check_budget
+
 Allocator = Callable[..., dict[str, int]]
 _allocators: dict[str, Allocator] = {}
 
@@ -25,6 +27,17 @@ def register_allocator(name: str) -> Callable[[Allocator], Allocator]:
 def available_allocators() -> list[str]:
     """Names that ``config.ranks`` can take."""
     return sorted(_allocators)
+
+
+def get_allocator(name: str) -> Allocator:
+    """The allocator of that name.
+
+    Raises:
+        ValueError: names those that exist.
+    """
+    if name not in _allocators:
+        raise ValueError(f"ranks must be one of {available_allocators()}, got {name!r}")
+    return _allocators[name]
 
 
 def module_budget(budget: float | int, n_lora: int, n_shortcut: int) -> tuple[int, int]:
@@ -69,8 +82,8 @@ def allocate(scores: Mapping[str, float], costs: Mapping[str, int], budget: floa
     Raises:
         ValueError: a score is not finite, an argument does not fit, or the budget selects nothing.
     """
-    if ranks not in _allocators:
-        raise ValueError(f"ranks must be one of {available_allocators()}, got {ranks!r}")
+    allocator = get_allocator(ranks)
+    check_budget(budget)
     if mode not in ("lora_only", "combined", "separated"):
         raise ValueError(f"mode must be 'lora_only', 'combined' or 'separated', got {mode!r}")
     for name, mapping in (("costs", costs), ("kinds", kinds), ("max_ranks", max_ranks)):
@@ -80,7 +93,7 @@ def allocate(scores: Mapping[str, float], costs: Mapping[str, int], budget: floa
     bad = [path for path, score in scores.items() if not math.isfinite(score)]
     if bad:
         raise ValueError(f"scores must be finite, got {scores[bad[0]]} for {bad[0]!r} and {len(bad) - 1} others")
-    return _allocators[ranks](scores, costs, budget, kinds=kinds, max_ranks=max_ranks, mode=mode, generator=generator)
+    return allocator(scores, costs, budget, kinds=kinds, max_ranks=max_ranks, mode=mode, generator=generator)
 
 
 @register_allocator("binary")

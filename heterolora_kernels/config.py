@@ -15,7 +15,6 @@ _MODES = ("lora_only", "combined", "separated")
 _SEARCHES = ("dynamic", "static", "off")
 _SCORES = (None, "probe", "in_step")
 _UNITS = ("modules",)
-_RANKS = ("binary",)
 _INITS = ("zeros", "kaiming_uniform")
 
 
@@ -25,6 +24,12 @@ def _is_int(value) -> bool:
 
 def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_budget(budget: float | int) -> None:
+    """Refuse what is no share of the paths (float in (0, 1]) and no number of them (int >= 1)."""
+    if not _is_number(budget) or (budget < 1 if _is_int(budget) else not 0 < budget <= 1):
+        raise ValueError(f"budget must be a float in (0, 1] or an int >= 1, got {budget!r}")
 
 
 def _check_regex(name: str, pattern: str) -> None:
@@ -68,7 +73,7 @@ class HeteroLoraConfig:
         normalize: ``"none"``.
         score: ``"probe"`` (extra passes over the head of the data), ``"in_step"`` (statistics of the training steps
             themselves); None: in_step for dynamic, probe for static search.
-        ranks: ``"binary"``: a path has rank 0 or its full rank.
+        ranks: a registered allocator; ``"binary"``: a path has rank 0 or its full rank.
         interval: between reallocations: optimizer steps (int) or part of an epoch (float).
         num_batches: batches of a probe (default 32) or optimizer steps of the in_step window (default 8).
         warmup: reallocations that cover all paths before the proxy decides; None: until every path was on once.
@@ -124,7 +129,7 @@ class HeteroLoraConfig:
         if not _is_int(self.seed) or self.seed < 0:
             raise ValueError(f"seed must be an int >= 0, got {self.seed!r}")
         for name, choices in (("budget_unit", _UNITS), ("mode", _MODES), ("search", _SEARCHES), ("score", _SCORES),
-                              ("ranks", _RANKS), ("init_B", _INITS), ("normalize", ("none",))):
+                              ("init_B", _INITS), ("normalize", ("none",))):
             _choice(name, getattr(self, name), choices)
         self._check_patterns()
         self._check_shortcuts()
@@ -167,9 +172,7 @@ class HeteroLoraConfig:
         self.shortcuts = tuple(name for name in SHORTCUT_SITES if name in self.shortcuts)
 
     def _check_search(self) -> None:
-        budget_is_int = _is_int(self.budget)
-        if not _is_number(self.budget) or (self.budget < 1 if budget_is_int else not 0 < self.budget <= 1):
-            raise ValueError(f"budget must be a float in (0, 1] or an int >= 1, got {self.budget!r}")
+        check_budget(self.budget)
         if not _is_number(self.interval) or self.interval <= 0:
             raise ValueError(f"interval must be an int >= 1 (optimizer steps) or a float > 0 (part of an epoch), "
                              f"got {self.interval!r}")
@@ -177,8 +180,9 @@ class HeteroLoraConfig:
             raise ValueError(f"warmup must be None or an int >= 0, got {self.warmup!r}")
         if self.search == "static" and self.score == "in_step":
             raise ValueError("score='in_step' cannot be used with search='static': there are no steps yet; use 'probe'")
-        if not isinstance(self.proxy, str):
-            raise TypeError(f"proxy must be the name of a proxy, got {type(self.proxy).__name__}")
+        for name in ("proxy", "ranks"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name} must be a registered name, got {type(getattr(self, name)).__name__}")
 
     @property
     def heads(self) -> tuple[str, ...]:

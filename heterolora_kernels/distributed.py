@@ -25,7 +25,8 @@ def average_(tensors: Sequence[Tensor]) -> None:
     """Average over processes, in place, by one flat all_reduce per dtype."""
     if world_size() == 1:
         return
-    for dtype in {tensor.dtype for tensor in tensors}:
+    # The same order of dtypes on every process: each is one collective.
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         members = [tensor for tensor in tensors if tensor.dtype == dtype]
         flat = torch.cat([tensor.reshape(-1) for tensor in members])
         dist.all_reduce(flat)

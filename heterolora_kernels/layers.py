@@ -52,6 +52,10 @@ class Path:
     scaling: float
     _host: tuple[Tensor, int, tuple[bool, ...]] | None = field(default=None, repr=False, compare=False)
 
+    def __getstate__(self) -> dict:
+        # A copy's mask is another tensor, whose version may be the same by chance.
+        return {**self.__dict__, "_host": None}
+
     @property
     def kind(self) -> str:
         """``"lora"`` or ``"shortcut"``."""

@@ -14,7 +14,7 @@ from itertools import islice
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler
 
 from heterolora_kernels import distributed
 from heterolora_kernels.layers import Path
@@ -36,9 +36,10 @@ def default_loss(model: nn.Module, batch) -> Tensor:
 
 def probe_loader(dataloader: Iterable) -> Iterable:
     """The head of the training set in a fixed order: an unshuffled twin of a shuffling DataLoader, else the loader itself."""
-    if not isinstance(dataloader, DataLoader) or dataloader.batch_size is None:
+    batches = getattr(dataloader, "batch_sampler", None)
+    if not isinstance(dataloader, DataLoader) or type(batches) is not BatchSampler:
         return dataloader
-    sampler = dataloader.sampler
+    sampler = batches.sampler
     if type(sampler) is RandomSampler:
         own = None
     elif type(sampler) is DistributedSampler and sampler.shuffle:
@@ -46,8 +47,8 @@ def probe_loader(dataloader: Iterable) -> Iterable:
                                  drop_last=sampler.drop_last)
     else:
         return dataloader
-    return DataLoader(dataloader.dataset, dataloader.batch_size, shuffle=False, sampler=own,
-                      collate_fn=dataloader.collate_fn, drop_last=dataloader.drop_last)
+    return DataLoader(dataloader.dataset, batches.batch_size, shuffle=False, sampler=own,
+                      collate_fn=dataloader.collate_fn, drop_last=batches.drop_last)
 
 
 def _generators(loader: Iterable) -> list[torch.Generator]:
@@ -133,14 +134,15 @@ def _gradient_rows(path: Path, grad_A: Tensor, grad_B: Tensor) -> Tensor:
     return row_statistics(path.lora_A.detach().to(dtype), path.lora_B.detach().to(dtype), grad_A.to(dtype), grad_B.to(dtype))
 
 
-def probe_rows(model: nn.Module, loader: Iterable, num_batches: int | None, loss_fn: LossFunction,
-               streaming: bool) -> tuple[dict[str, Tensor], int]:
+def probe_rows(model: nn.Module, loader: Iterable, num_batches: int | None, loss_fn: LossFunction, streaming: bool,
+               name: str = "dataloader") -> tuple[dict[str, Tensor], int]:
     """Run a probe and read every path's ledger rows.
 
     Args:
         model: patched; a DDP wrapper is looked through.
         loader: batches for ``loss_fn``; the first ``num_batches`` are used, all of them if it is None.
         streaming: sums over batches of the ledger's columns, instead of the columns of the summed gradient.
+        name: the user's argument that ``loader`` is, for errors.
 
     Returns:
         ``({path: [r, columns]}, batches used)``. Over several processes gradients are averaged before anything is squared;
@@ -152,7 +154,7 @@ def probe_rows(model: nn.Module, loader: Iterable, num_batches: int | None, loss
     """
     inner, state = unwrap(model), state_of(model)
     paths = list(state.paths.values())
-    device = paths[0].lora_A.device
+    device, ledger = paths[0].lora_A.device, state.switches.ledger
     used, finite = 0, True
     with ExitStack() as stack:
         # Before anything is drawn, so that iter(loader) is covered.
@@ -161,7 +163,10 @@ def probe_rows(model: nn.Module, loader: Iterable, num_batches: int | None, loss
         stack.enter_context(_twins(inner))
         stack.enter_context(_everything_on(state))
         stack.enter_context(torch.enable_grad())
-        collector = stack.enter_context(state.switches.ledger.isolated()) if streaming else None
+        stack.enter_context(ledger.isolated())
+        if streaming:
+            collector = ledger.open()
+            stack.callback(ledger.close, collector)
         for batch in islice(iter(loader), num_batches):
             loss = loss_fn(inner, batch)
             finite = finite and bool(torch.isfinite(loss.detach()).all())
@@ -169,11 +174,10 @@ def probe_rows(model: nn.Module, loader: Iterable, num_batches: int | None, loss
                 loss.backward()
             used += 1
         if distributed.any_process(used == 0, device):
-            raise ValueError("dataloader is empty: there is no batch to score with")
+            raise ValueError(f"{name} is empty: there is no batch to score with")
         if distributed.any_process(not finite, device):
             raise FloatingPointError("the loss of a scoring batch is not finite; no rank was changed")
         if streaming:
-            ledger = state.switches.ledger
             ledger.flush()
             rows = ledger.rows_by_path(distributed.sum_(collector.raw))
         else:

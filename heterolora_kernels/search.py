@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from heterolora_kernels import distributed
-from heterolora_kernels.allocation import allocate
+from heterolora_kernels.allocation import allocate, get_allocator
 from heterolora_kernels.ops.ledger import NUM_COLUMNS, Collector
 from heterolora_kernels.patching import state_of
 from heterolora_kernels.proxies import Proxy, get_proxy, scores_of
@@ -51,6 +52,7 @@ class RankSearch:
         self._state = state_of(model)
         self.config = self._state.config
         self._proxy = get_proxy(self.config.proxy)
+        get_allocator(self.config.ranks)
         if optimizer is not None:
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
             if not any(id(path.lora_A) in held for path in self._state.paths.values()):
@@ -66,6 +68,7 @@ class RankSearch:
         self.history: list[dict] = []
         self._generator = torch.Generator().manual_seed(self.config.seed)
         self._times_on = dict.fromkeys(self._eligible(), 0)
+        self._covered = False
         self._started = False
         self._steps = 0
         self._last = 0
@@ -189,7 +192,8 @@ class RankSearch:
                                                     "steps": self._window.steps}
         return {
             "version": 1, "started": self._started, "steps": self._steps, "last": self._last,
-            "reallocations": self._reallocations, "times_on": dict(self._times_on), "generator": self._generator.get_state(),
+            "reallocations": self._reallocations, "times_on": dict(self._times_on), "covered": self._covered,
+            "generator": self._generator.get_state(),
             "history": copy.deepcopy(self.history), "window": window, "warned": sorted(self._warned),
             "masks": {name: list(path.active_rows()) for name, path in self._state.paths.items()},
         }
@@ -208,6 +212,7 @@ class RankSearch:
         self.apply({name: torch.tensor(mask, dtype=torch.bool) for name, mask in state["masks"].items()})
         self._started, self._steps, self._last = state["started"], state["steps"], state["last"]
         self._reallocations, self._times_on = state["reallocations"], dict(state["times_on"])
+        self._covered = state["covered"]
         self._generator.set_state(state["generator"])
         self.history = copy.deepcopy(list(state["history"]))
         self._warned = set(state["warned"])
@@ -252,13 +257,16 @@ class RankSearch:
             return False
         if self.config.warmup is not None:
             return self._reallocations < self.config.warmup
-        return min(self._times_on.values()) == 0
+        return not self._covered
 
     def _needs_window(self) -> bool:
         return self.config.search == "dynamic" and self.config.resolved_score == "in_step" and self._proxy.needs_data
 
     def _window_steps(self) -> int:
-        return 0 if self._window is None else self._window.steps
+        """Steps in the window; 0 on every process where one has none, so that all decide alike."""
+        steps = 0 if self._window is None else self._window.steps
+        device = next(iter(self._state.paths.values())).lora_A.device
+        return 0 if distributed.any_process(steps == 0, device) else steps
 
     def _update_window(self) -> None:
         """Collect exactly in the last optimizer steps before a due, scored reallocation."""
@@ -267,13 +275,16 @@ class RankSearch:
             length = min(self.config.num_batches or _WINDOW_STEPS, self._interval_steps())
             wanted = self._last + self._interval_steps() - self._steps <= length
         if wanted and self._window is None:
-            self._window = self._state.switches.ledger.open()
+            ledger = self._state.switches.ledger
+            self._window = ledger.open()
+            # A search that is dropped no longer reads.
+            self._forget_window = weakref.finalize(self, ledger.close, self._window)
         elif not wanted:
             self._close_window()
 
     def _close_window(self) -> None:
         if self._window is not None:
-            self._state.switches.ledger.close(self._window)
+            self._forget_window()
             self._window = None
 
     def _score(self, proxy: Proxy, score: str, batches: Iterable | None, per_rank: bool) -> tuple[dict, dict]:
@@ -296,7 +307,8 @@ class RankSearch:
         else:
             loader, limit = (batches, None) if batches is not None else (self._probe_loader(),
                                                                          self.config.num_batches or _PROBE_BATCHES)
-            rows, used = probe_rows(self._model, loader, limit, self._loss_fn, streaming=proxy.streaming_only)
+            rows, used = probe_rows(self._model, loader, limit, self._loss_fn, streaming=proxy.streaming_only,
+                                    name="dataloader" if batches is None else "batches")
             made = {"score": "probe", "statistics": "streaming" if proxy.streaming_only else "exact", "batches": used}
         return {name: _plain(scores_of(proxy, rows[name], per_rank), per_rank) for name in self._state.paths}, made
 
@@ -317,9 +329,12 @@ class RankSearch:
         before = self.ranks
         ranks = self._agree(self.allocate(scores))
         self.apply(ranks)
-        for name, rank in ranks.items():
-            if name in self._times_on and rank:
-                self._times_on[name] += 1
+        on = [name for name, rank in ranks.items() if rank and name in self._times_on]
+        # A pool whose budget rounds to nothing is never covered: a round that brings nothing new is the last one.
+        news = any(self._times_on[name] == 0 for name in on)
+        for name in on:
+            self._times_on[name] += 1
+        self._covered = self._covered or not news or min(self._times_on.values()) > 0
         self._reallocations += 1
         self._last = self._steps
         self._record(warming, made, scores, before, ranks)

@@ -312,16 +312,18 @@ def test_zero_forgets_everything_and_returns_the_reader():
     assert not collector.committed.any() and not collector.raw.any() and collector.steps == 0
 
 
-def test_isolated_block_is_seen_by_its_reader_alone():
+def test_isolated_block_is_seen_by_its_readers_alone():
     ledger = Ledger(RANKS)
     outer = ledger.open()
     _fill(ledger, 1.0)
-    with ledger.isolated() as inner:
+    with ledger.isolated():
+        inner, staying = ledger.open(), ledger.open()
         _fill(ledger, 10.0)
         assert _raw(inner) == [10, 10, 10]
+        ledger.close(inner)
     assert _raw(inner) == [10, 10, 10]
     _fill(ledger, 2.0)
-    assert _raw(outer) == [3, 3, 3] and _raw(inner) == [10, 10, 10]
+    assert _raw(outer) == [3, 3, 3] and _raw(inner) == [10, 10, 10] and _raw(staying) == [12, 12, 12]
 
 
 def test_isolated_block_restores_the_readers_after_an_exception():

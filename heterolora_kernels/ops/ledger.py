@@ -172,13 +172,12 @@ class Ledger:
             self._collectors.remove(collector)
 
     @contextmanager
-    def isolated(self) -> Iterator[Collector]:
-        """A reader that sees alone what happens in the block: all others keep what they had."""
+    def isolated(self) -> Iterator[None]:
+        """What happens in the block is seen by the readers opened in it alone: all others keep what they had."""
         self.flush()
         others, self._collectors = self._collectors, []
-        collector = self.open()
         try:
-            yield collector
+            yield
         finally:
-            self.close(collector)
+            self.flush()
             self._collectors = others + self._collectors
