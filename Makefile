@@ -24,7 +24,8 @@ test: $(VENV)/.test
 # The tests that depend on how transformers is written, on the oldest release that is supported.
 test-oldest: $(VENV)-oldest/.test
 	$(VENV)-oldest/bin/python -m pip install -q "transformers==$(OLDEST_TRANSFORMERS)"
-	$(VENV)-oldest/bin/python -m pytest tests/test_families.py tests/test_checkpointing.py tests/test_patching.py $(ARGS)
+	$(VENV)-oldest/bin/python -m pytest tests/test_families.py tests/test_checkpointing.py \
+	  tests/test_patching.py tests/test_layers.py tests/test_instances.py $(ARGS)
 
 lint: $(VENV)/.test
 	$(VENV)/bin/python -m pip install -q ruff

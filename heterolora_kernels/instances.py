@@ -13,7 +13,10 @@ import types
 
 from torch import nn
 
-_OLD_FORWARD = "_heterolora_old_forward"
+# Where a bound method of the class's forward may lie in an instance, and hides the class's when its class changes:
+# transformers 5.0 leaves one as `forward` after output_hidden_states=True, accelerate's hooks keep theirs.
+_BOUND = ("_old_forward", "forward")
+_KEPT = "_heterolora_forwards"
 _generated: dict[tuple[type, type], type] = {}
 
 
@@ -23,6 +26,10 @@ def generated_class(mixin: type, base: type) -> type:
     if key not in _generated:
         @functools.wraps(base.forward)
         def forward(self, *args, **kwargs):
+            # A reference that outlived the patch: transformers 5.0 and accelerate keep bound forwards in instances.
+            # Not `type(self) is`: FSDP2 gives the instance a subclass of this one.
+            if not isinstance(self, _generated[key]):
+                return base.forward(self, *args, **kwargs)
             return mixin.patched_forward(self, base.forward, *args, **kwargs)
 
         namespace = {
@@ -61,26 +68,33 @@ def check_swappable(name: str, module: nn.Module) -> None:
     Raises:
         ValueError: names the module.
     """
-    if "forward" not in module.__dict__:
-        return
-    inner = module.__dict__.get("_old_forward")
-    if not (inspect.ismethod(inner) and inner.__self__ is module and inner.__func__ is type(module).forward):
+    if "forward" in module.__dict__ and not _bound_names(module, type(module)):
         raise ValueError(f"module {name!r} has a forward of its own in the instance ({module.__dict__['forward']!r}), "
                          "which hides the class's: it cannot be patched; remove that wrapper first")
 
 
+def _bound_names(module: nn.Module, cls: type) -> list[str]:
+    """The names in the instance under which ``cls``'s forward lies as a bound method."""
+    values = [(name, module.__dict__.get(name)) for name in _BOUND]
+    return [name for name, value in values
+            if inspect.ismethod(value) and value.__self__ is module and value.__func__ is cls.forward]
+
+
 def swap_class(module: nn.Module, mixin: type) -> None:
     """Give ``module`` the behaviour of ``mixin``; :func:`restore_class` undoes it."""
-    if "forward" in module.__dict__:
-        module.__dict__[_OLD_FORWARD] = module.__dict__["_old_forward"]
-    module.__class__ = generated_class(mixin, type(module))
-    if "forward" in module.__dict__:
-        module._old_forward = types.MethodType(type(module).forward, module)
+    names = _bound_names(module, type(module))
+    cls = generated_class(mixin, type(module))
+    if names:
+        module.__dict__[_KEPT] = {name: module.__dict__[name] for name in names}
+    module.__class__ = cls
+    for name in names:
+        module.__dict__[name] = types.MethodType(cls.forward, module)
 
 
 def restore_class(module: nn.Module) -> None:
     """Give ``module`` its class back."""
-    module.__class__ = type(module)._heterolora_key[1]
-    inner = module.__dict__.pop(_OLD_FORWARD, None)
-    if inner is not None:
-        module._old_forward = inner
+    generated = type(module)
+    module.__class__ = generated._heterolora_key[1]
+    kept = module.__dict__.pop(_KEPT, {})
+    for name in _bound_names(module, generated):
+        module.__dict__[name] = kept.get(name) or types.MethodType(type(module).forward, module)

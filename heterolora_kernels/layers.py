@@ -156,7 +156,7 @@ class PathSet:
         """``base(x)`` and all paths in one op. weight: [N, K] as F.linear takes it."""
         key = x
         device_type = x.device.type
-        autocast = torch.is_autocast_enabled(device_type)
+        autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
         if autocast and x.dtype in _AUTOCAST_DTYPES:
             dtype = torch.get_autocast_dtype(device_type)
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -176,10 +176,14 @@ class PathSet:
 
     def run_delta(self, module: nn.Module, base_out: Tensor) -> Tensor:
         """``base_out`` and all paths, for an output that something else computed."""
+        device_type = base_out.device.type
         derived, sources, lora_A, lora_B, dropout_p, probe = self._prepare(base_out, module.training, base_out.device)
-        with torch.autocast(base_out.device.type, enabled=False):
-            return lora_delta(base_out, sources, lora_A, lora_B, derived.scaling, derived.gate, derived.active,
-                              rng=self._draw(base_out, dropout_p), dropout_p=dropout_p, probe=probe)
+        args = (base_out, sources, lora_A, lora_B, derived.scaling, derived.gate, derived.active)
+        call = dict(rng=self._draw(base_out, dropout_p), dropout_p=dropout_p, probe=probe)
+        if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+            return lora_delta(*args, **call)
+        with torch.autocast(device_type, enabled=False):
+            return lora_delta(*args, **call)
 
 
 def _count_leading(gate: Tensor) -> Tensor:
@@ -199,6 +203,10 @@ class _Forgets:
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
         self._heterolora.forget()
+
+    def _replicate_for_data_parallel(self):
+        raise RuntimeError("a patched model cannot run under nn.DataParallel, whose replicas share what a forward captures; "
+                           "use DistributedDataParallel (torchrun), or show the process one GPU (CUDA_VISIBLE_DEVICES)")
 
 
 class PatchedLinear(_Forgets):

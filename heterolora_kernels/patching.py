@@ -215,8 +215,8 @@ class _Patcher:
     def _freeze(self) -> None:
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             owner, _, leaf = name.rpartition(".")
-            if leaf not in _ADAPTER_NAMES and not is_below(owner, self.config.heads):
-                parameter.requires_grad_(False)
+            if leaf not in _ADAPTER_NAMES:
+                parameter.requires_grad_(is_below(owner, self.config.heads) and parameter.is_floating_point())
 
 
 def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
@@ -238,6 +238,9 @@ def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
         raise TypeError(f"config must be a HeteroLoraConfig, got {type(config).__name__}")
     if any(is_swapped(module) for module in model.modules()):
         raise ValueError("model is already patched: call remove_heterolora(model) first")
+    if config.adapter_dtype == torch.float64 and any(p.dtype != torch.float64 for p in model.parameters()
+                                                     if p.is_floating_point()):
+        raise ValueError("adapter_dtype float64 needs a float64 model")
     targets = find_targets(model, config) if len(config.target_modules) > 0 else {}
     check_heads(model, config)
     lora = plan_lora(targets, config)
@@ -255,7 +258,7 @@ def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
             raise ValueError(f"module {name!r} already has {taken}: is it an adapter of another library?")
     for layer in layers:
         check_swappable(layer.name, layer.module)
-        check_swappable("the layers' parent", layer.stack)
+        check_swappable(next(name for name, module in modules.items() if module is layer.stack), layer.stack)
 
     flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     state = HeteroLoraState(config, Switches(Ledger({})), requires_grad=flags)

@@ -32,10 +32,14 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
+#: Modules that hand the weights of their linears to one torch op instead of calling them.
+_BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+
 def _why_no_base(name: str, module: nn.Module, parent: nn.Module) -> str | None:
     """Why a module cannot be the base of paths, or None."""
-    if isinstance(parent, nn.MultiheadAttention):
-        return "nn.MultiheadAttention reads its weight and never calls it as a module"
+    if isinstance(parent, _BYPASSING):
+        return f"nn.{type(parent).__name__} reads its weight (at least in eval mode) and does not call it as a module"
     if is_conv1d(module):
         return None
     if not isinstance(module, nn.Linear):
@@ -83,25 +87,30 @@ def find_targets(model: nn.Module, config: HeteroLoraConfig) -> dict[str, nn.Mod
                 and not is_below(name, config.heads)
         else:
             wanted = _matches(name, config.target_modules)
-        if not wanted or _matches(name, config.exclude_modules):
+        if not wanted:
             continue
         if not everything and not isinstance(config.target_modules, str):
             touched.update(t for t in config.target_modules if _matches(name, (t,)))
+        if _matches(name, config.exclude_modules):
+            continue
         reason = _why_no_base(name, module, parent)
         if reason is None:
             targets[name] = module
         else:
             refused[name] = reason
-    if refused and not (everything and all(isinstance(modules[n.rpartition(".")[0]], nn.MultiheadAttention) for n in refused)):
+    bypassed = {name for name in refused if isinstance(modules[name.rpartition(".")[0]], _BYPASSING)}
+    if refused and not (everything and len(bypassed) == len(refused)):
         listed = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise ValueError(f"target_modules selects modules that cannot be adapted: {listed}. Name them in exclude_modules.")
     if refused:
-        warnings.warn(f"not adapted, because nn.MultiheadAttention never calls them as modules: {sorted(refused)}", stacklevel=4)
+        warnings.warn(f"not adapted, because nn.MultiheadAttention and nn.TransformerEncoderLayer do not call them as modules: "
+                      f"{sorted(refused)}", stacklevel=4)
     if everything:
         _warn_about_experts(modules)
     if not targets and len(config.target_modules) > 0:
         names = sorted({name.rpartition('.')[2] for name, m in modules.items() if isinstance(m, nn.Linear) or is_conv1d(m)})
-        raise ValueError(f"target_modules {config.target_modules!r} matches no linear of the model; the model's linears are "
+        raise ValueError(f"target_modules {config.target_modules!r} matches no linear of the model"
+                         f"{' that exclude_modules leaves' if len(config.exclude_modules) else ''}; the model's linears are "
                          f"called {names}")
     if not everything and not isinstance(config.target_modules, str):
         missed = [target for target in config.target_modules if target not in touched]
@@ -112,7 +121,7 @@ def find_targets(model: nn.Module, config: HeteroLoraConfig) -> dict[str, nn.Mod
 
 def _warn_about_experts(modules: Mapping[str, nn.Module]) -> None:
     experts = [name for name, module in modules.items() if not isinstance(module, nn.modules.conv._ConvNd)
-               and any(p.dim() == 3 for p in module._parameters.values() if p is not None)]
+               and any(p.dim() == 3 and p.shape[0] > 1 for p in module._parameters.values() if p is not None)]
     if experts:
         warnings.warn(f"not adapted, because their weights are 3-D parameters and no nn.Linear: {experts}", stacklevel=5)
 
@@ -159,6 +168,8 @@ def plan_layers(model: nn.Module, config: HeteroLoraConfig) -> list[PlannedLayer
 
 
 def check_shortcut_layers(model: nn.Module, config: HeteroLoraConfig, layers: Sequence[PlannedLayer]) -> None:
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError("shortcuts are not defined for encoder-decoder models; use shortcuts=()")
     if not layers:
         repeated = [child for m in model.modules() if isinstance(m, nn.ModuleList) for child in m]
         classes = sorted({type(child).__name__ for child in repeated})
@@ -166,8 +177,6 @@ def check_shortcut_layers(model: nn.Module, config: HeteroLoraConfig, layers: Se
             f"shortcuts: no layer of the model is in the table of known classes {sorted(SITES)}; describe yours by "
             "sites={\"ClassName\": Site(h, f, attention, feed_forward, attention_norm=None, feed_forward_norm=None)}; "
             f"the repeated classes of this model are {classes}")
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ValueError("shortcuts are not defined for encoder-decoder models; use shortcuts=()")
     for layer in layers:
         reason = why_refused(layer.module)
         if reason is not None:

@@ -87,6 +87,12 @@ def why_refused(layer: nn.Module) -> str | None:
     return None
 
 
+def _outside(layer: str) -> RuntimeError:
+    return RuntimeError(
+        f"{layer} was called outside the forward of its model, where the layers around it are unknown. If activation "
+        "checkpointing is wrapped around the layer, use the model's gradient_checkpointing_enable()")
+
+
 class Carrier:
     """f of the last layer, on its way to the next one of the same stack. Empty outside the stack's forward."""
 
@@ -109,8 +115,9 @@ class Carrier:
         self._depth -= 1
 
     def put(self, index: int, f: Tensor) -> None:
-        if self._depth:
-            self._index, self._f = index, f
+        if not self._depth:
+            raise _outside(f"layer {index}")
+        self._index, self._f = index, f
 
     def take(self, index: int, path: str) -> Tensor | None:
         """f of layer ``index - 1``; None if that layer was skipped (layerdrop).
@@ -119,9 +126,7 @@ class Carrier:
             RuntimeError: outside the stack's forward, where the layer before is unknown.
         """
         if not self._depth:
-            raise RuntimeError(
-                f"the layer of {path!r} was called outside the forward of its model, where the layer before it is unknown. "
-                "If activation checkpointing is wrapped around the layer, use the model's gradient_checkpointing_enable()")
+            raise _outside(f"the layer of {path!r}")
         f = self._f if self._index == index - 1 else None
         self._index, self._f = None, None
         return f

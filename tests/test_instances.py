@@ -319,3 +319,22 @@ def test_bound_forward_put_there_after_patching_does_not_outlive_the_patch():
     hlk.remove_heterolora(model)
     assert torch.equal(logits, model(**inputs).logits)
     assert torch.equal(make_patched("llama", torch.float32)(**inputs).logits, patch(model)(**inputs).logits)
+
+
+def test_a_subclass_of_the_generated_class_stays_patched():
+    # What FSDP2 does: the instance gets a class derived from the one it has.
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    hlk.apply_heterolora(model, hlk.HeteroLoraConfig(r=2, init_B="kaiming_uniform"))
+    x = torch.randn(4, 3)
+    expected = model(x)
+    model[0].__class__ = type("FSDPLinear", (type(model[0]),), {})
+    assert torch.equal(model(x), expected)
+    with hlk.disable_adapter(model):
+        assert not torch.equal(model(x), expected)
+
+
+def test_data_parallel_is_refused_with_what_to_use_instead():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    hlk.apply_heterolora(model, hlk.HeteroLoraConfig(r=2))
+    with pytest.raises(RuntimeError, match="DistributedDataParallel"):
+        model[0]._replicate_for_data_parallel()
