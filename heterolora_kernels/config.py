@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -115,6 +116,16 @@ class HeteroLoraConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        # None means "nothing" where PEFT has it as a default.
+        for name, nothing in (("exclude_modules", ()), ("shortcuts", ()), ("rank_pattern", {}), ("alpha_pattern", {})):
+            if getattr(self, name) is None:
+                setattr(self, name, nothing)
+        for name in ("rank_pattern", "alpha_pattern"):
+            value = getattr(self, name)
+            if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+                raise TypeError(f"{name} must be a dictionary with names as keys, got {value!r}")
+        if self.sites is not None and not isinstance(self.sites, Mapping):
+            raise TypeError(f"sites must be a dictionary {{class name: Site}}, got {type(self.sites).__name__}")
         for name in ("r", "shortcut_r", "num_batches"):
             value = getattr(self, name)
             if value is None and name != "r":
@@ -122,12 +133,12 @@ class HeteroLoraConfig:
             if not _is_int(value) or value < 1:
                 raise ValueError(f"{name} must be an int >= 1, got {value!r}")
         for name in ("lora_alpha", "shortcut_alpha"):
-            if not _is_number(getattr(self, name)) or getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be a number > 0, got {getattr(self, name)!r}")
+            if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number > 0, got {getattr(self, name)!r}")
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
-        if not _is_int(self.seed) or self.seed < 0:
-            raise ValueError(f"seed must be an int >= 0, got {self.seed!r}")
+        if not _is_int(self.seed) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be an int in [0, 2^63), got {self.seed!r}")
         for name, choices in (("budget_unit", _UNITS), ("mode", _MODES), ("search", _SEARCHES), ("score", _SCORES),
                               ("init_B", _INITS), ("normalize", ("none",))):
             _choice(name, getattr(self, name), choices)
@@ -146,6 +157,8 @@ class HeteroLoraConfig:
             if isinstance(value, str):
                 _check_regex(name, value)
             else:
+                if not isinstance(value, Iterable):
+                    raise TypeError(f"{name} must be a list of names or a regular expression, got {value!r}")
                 value = tuple(value)
                 if not all(isinstance(entry, str) for entry in value):
                     raise TypeError(f"{name} must hold strings, got {value!r}")
@@ -158,8 +171,8 @@ class HeteroLoraConfig:
                 raise ValueError(f"rank_pattern[{key!r}] must be an int >= 0, got {value!r}")
         for key, value in self.alpha_pattern.items():
             _check_regex("alpha_pattern", key)
-            if not _is_number(value) or value <= 0:
-                raise ValueError(f"alpha_pattern[{key!r}] must be a number > 0, got {value!r}")
+            if not _is_number(value) or not 0 < value < math.inf:
+                raise ValueError(f"alpha_pattern[{key!r}] must be a finite number > 0, got {value!r}")
 
     def _check_shortcuts(self) -> None:
         if self.shortcuts == "all":
@@ -173,7 +186,7 @@ class HeteroLoraConfig:
 
     def _check_search(self) -> None:
         check_budget(self.budget)
-        if not _is_number(self.interval) or self.interval <= 0:
+        if not _is_number(self.interval) or not 0 < self.interval < math.inf:
             raise ValueError(f"interval must be an int >= 1 (optimizer steps) or a float > 0 (part of an epoch), "
                              f"got {self.interval!r}")
         if self.warmup is not None and (not _is_int(self.warmup) or self.warmup < 0):
@@ -193,15 +206,6 @@ class HeteroLoraConfig:
     def resolved_score(self) -> str:
         """``score``, or its default for the kind of search."""
         return self.score or ("in_step" if self.search == "dynamic" else "probe")
-
-    def to_dict(self) -> dict:
-        """Plain values, dtypes as names; ``sites`` as dictionaries."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        if self.adapter_dtype is not None:
-            values["adapter_dtype"] = str(self.adapter_dtype).removeprefix("torch.")
-        if self.sites is not None:
-            values["sites"] = {name: asdict(site) for name, site in self.sites.items()}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def _as_dtype(value: torch.dtype | str | None) -> torch.dtype | None:

@@ -47,8 +47,8 @@ class StepHooks:
     """The hooks of one patched model.
 
     Attributes:
-        observers: objects with ``before_step(optimizer)`` and ``after_step(optimizer)``, held weakly.
-        driven: whether a search has been stepped.
+        observers: objects with ``before_step(optimizer)``, held weakly.
+        driven: whether a search has been stepped (static: started).
     """
 
     def __init__(self) -> None:
@@ -80,7 +80,7 @@ class StepHooks:
                 own._after(state, optimizer)
 
         self._handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
-        weakref.finalize(self, _remove_all, self._handles)
+        weakref.finalize(self, _remove_all, self._handles).atexit = False
 
     def remove(self) -> None:
         """End."""
@@ -130,14 +130,13 @@ class StepHooks:
         if not _paths_of(optimizer, list(state.paths.values())):
             return
         self._restore_rows(optimizer)
-        for observer in list(self.observers):
-            observer.after_step(optimizer)
         self._steps += 1
-        if state.config.search == "dynamic" and not self.driven and self._steps == _STEPS_BEFORE_WARNING:
+        if state.config.search != "off" and not self.driven and self._steps == _STEPS_BEFORE_WARNING:
+            missed = "step" if state.config.search == "dynamic" else "start"
+            when = "after optimizer.step()" if missed == "step" else "before training"
             warnings.warn(
-                f"{self._steps} optimizer steps and search.step() was never called: no rank is being chosen. Use "
-                "HeteroLoraCallback with the HF Trainer, call RankSearch.step() after optimizer.step(), or set search='off'",
-                stacklevel=2)
+                f"{self._steps} optimizer steps and search.{missed}() was never called: no rank is being chosen. Use "
+                f"HeteroLoraCallback with the HF Trainer, call RankSearch.{missed}() {when}, or set search='off'", stacklevel=2)
 
 
 def _remove_all(handles: list) -> None:

@@ -61,20 +61,30 @@ def lora_linear(x: Tensor, weight: Tensor, lora_A: Tensor | None, lora_B: Tensor
     """
     _require_tensor("x", x)
     _require_tensor("weight", weight)
+    for name, value in (("bias", bias), ("gate", gate), ("rng", rng)):
+        if value is not None:
+            _require_tensor(name, value)
+    if not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p must be a number in [0, 1], got {dropout_p!r}")
     if (lora_A is None) != (lora_B is None):
         raise ValueError("lora_A and lora_B must be given together, got one of them")
     paths = [] if lora_A is None else [(-1, lora_A, lora_B, scaling)]
     sources = []
     for j, shortcut in enumerate(shortcuts):
-        if len(shortcut) != 4:
-            raise ValueError(f"shortcuts[{j}] must be (source, lora_A, lora_B, scaling), got {len(shortcut)} entries")
+        if not isinstance(shortcut, (tuple, list)) or len(shortcut) != 4:
+            got = f"{len(shortcut)} entries" if isinstance(shortcut, (tuple, list)) else type(shortcut).__name__
+            raise ValueError(f"shortcuts[{j}] must be (source, lora_A, lora_B, scaling), got {got}")
         source, a, b, s = shortcut
         _require_tensor(f"shortcuts[{j}][0]", source)
         paths.append((j, a, b, s))
         sources.append(_flat(source))
-    for p, (_, a, b, _) in enumerate(paths):
+    for p, (_, a, b, s) in enumerate(paths):
         _require_tensor(f"lora_A[{p}]", a)
         _require_tensor(f"lora_B[{p}]", b)
+        if a.dim() != 2:
+            raise ValueError(f"lora_A[{p}] must be [r, K], got shape {list(a.shape)}")
+        if not isinstance(s, (int, float, Tensor)) or isinstance(s, Tensor) and s.requires_grad:
+            raise TypeError(f"scaling[{p}] must be a number or a tensor that requires no grad (it gets none), got {s!r}")
     ranks = [a.shape[0] for _, a, _, _ in paths]
     gates = torch.ones(sum(ranks), dtype=torch.float32, device=x.device) if gate is None else gate
     if dropout_p > 0 and rng is None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -93,6 +94,8 @@ class _Derived:
     gate: Tensor
     active: Tensor
     probe: Tensor
+    #: The masks that gate and active were written from, with their versions.
+    written: list[tuple[Tensor, int]] = field(default_factory=list)
 
 
 @dataclass
@@ -109,19 +112,29 @@ class PathSet:
     def __getstate__(self) -> dict:
         return {**self.__dict__, "derived": None}
 
-    def forget(self) -> None:
-        """Derive anew at the next forward: the module was moved, loaded or copied."""
-        self.derived = None
+    def refresh(self) -> None:
+        """The module was moved or loaded: derive again, in place where the device is the same.
 
-    def write_masks(self, gates: Mapping[str, Tensor] | None = None) -> None:
-        """Write the masks (or other gates, float32 [r] by path) into the derived tensors, in place."""
-        if self.derived is None:
-            if gates is None:
-                return
-            self.derive(self.paths[0].lora_A.device)
-        values = [(gates or {}).get(path.name, path.mask).to(torch.float32) for path in self.paths]
-        self.derived.gate.copy_(torch.cat(values))
-        self.derived.active.copy_(torch.stack([_count_leading(value) for value in values]))
+        While only some of the paths have been moved there is nothing to derive on; the last one to move does it.
+        """
+        devices = {path.mask.device for path in self.paths}
+        if len(devices) > 1:
+            self.derived = None
+        elif self.derived is None or self.derived.gate.device not in devices:
+            self.derive(devices.pop())
+        else:
+            self.write_masks()
+
+    def write_masks(self) -> None:
+        """Write the masks into gate and active, in place."""
+        derived = self.derived
+        if derived is None:
+            return
+        masks = [path.mask for path in self.paths]
+        with torch.inference_mode(False), torch.no_grad():
+            derived.gate.copy_(torch.cat(masks))
+            derived.active.copy_(torch.stack([_count_leading(mask) for mask in masks]))
+        derived.written = [(mask, mask._version) for mask in masks]
 
     def derive(self, device: torch.device) -> _Derived:
         """Build scaling, gate, active and the probe on ``device``."""
@@ -129,18 +142,39 @@ class PathSet:
         # Plain tensors whatever mode the first forward runs in: an inference tensor could never be written in place.
         with torch.inference_mode(False), torch.no_grad():
             probe = torch.zeros(total, NUM_COLUMNS, dtype=torch.float32, device=device, requires_grad=True)
-            probe.grad = self.switches.ledger.bind(self.paths[0].name, total, device)
+            self.switches.ledger.attach(probe, self.paths[0].name)
             self.derived = _Derived(
                 torch.tensor([path.scaling for path in self.paths], dtype=torch.float32, device=device),
                 torch.zeros(total, dtype=torch.float32, device=device),
                 torch.zeros(len(self.paths), dtype=torch.int32, device=device),
                 probe)
-            self.write_masks()
+        self.write_masks()
         return self.derived
+
+    @contextmanager
+    def everything_on(self) -> Iterator[None]:
+        """Every row open in the block, by derived tensors of its own: a graph that waits for its backward keeps its own."""
+        before = self.derived
+        try:
+            derived = self.derive(self.paths[0].mask.device)
+            with torch.inference_mode(False), torch.no_grad():
+                derived.gate.fill_(1.0)
+                derived.active.copy_(torch.tensor([path.r for path in self.paths]))
+            yield
+        finally:
+            self.derived = before
+
+    def _current(self, device: torch.device) -> _Derived:
+        derived = self.derived if self.derived is not None else self.derive(device)
+        # Whoever writes a mask in place (an averaged copy of the model, say) is followed. A compiled graph is not asked.
+        if not torch.compiler.is_compiling() and any(
+                path.mask is not mask or mask._version != version for path, (mask, version) in zip(self.paths, derived.written)):
+            self.write_masks()
+        return derived
 
     def _prepare(self, x: Tensor, training: bool, device: torch.device):
         """Sources, parameters, key of the mask and probe of one call."""
-        derived = self.derived if self.derived is not None else self.derive(device)
+        derived = self._current(device)
         sources = [self.layer.source(SHORTCUTS[path.site][0], path.name).to(x.dtype)
                    for path in self.paths if path.site is not None]
         dropout_p = self.dropout_p if training else 0.0
@@ -186,30 +220,29 @@ class PathSet:
             return lora_delta(*args, **call)
 
 
-def _count_leading(gate: Tensor) -> Tensor:
+def _count_leading(mask: Tensor) -> Tensor:
     """Last open row + 1, as a tensor of no dimension; 0 where all are closed."""
-    positions = torch.arange(1, gate.shape[0] + 1, dtype=torch.int32, device=gate.device)
-    return torch.where(gate != 0, positions, 0).max()
+    return (torch.arange(1, mask.shape[0] + 1, dtype=torch.int32, device=mask.device) * mask).max()
 
 
-class _Forgets:
-    """Whatever moves or loads a module's tensors makes its path set derive anew."""
+class _Refreshes:
+    """Whatever moves or loads a module's tensors makes its path set derive again."""
 
     def _apply(self, fn, recurse=True):
         module = super()._apply(fn, recurse)
-        self._heterolora.forget()
+        self._heterolora.refresh()
         return module
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
-        self._heterolora.forget()
+        self._heterolora.refresh()
 
     def _replicate_for_data_parallel(self):
         raise RuntimeError("a patched model cannot run under nn.DataParallel, whose replicas share what a forward captures; "
                            "use DistributedDataParallel (torchrun), or show the process one GPU (CUDA_VISIBLE_DEVICES)")
 
 
-class PatchedLinear(_Forgets):
+class PatchedLinear(_Refreshes):
     """Mixin of ``nn.Linear``. ``_heterolora`` is its PathSet."""
 
     def patched_forward(self, base_forward, input):
@@ -217,7 +250,7 @@ class PatchedLinear(_Forgets):
         return paths.run_linear(self, self.weight, self.bias, input) if paths.switches.enabled else base_forward(self, input)
 
 
-class PatchedConv1D(_Forgets):
+class PatchedConv1D(_Refreshes):
     """Mixin of transformers' ``Conv1D``, which holds its weight as [K, N]."""
 
     def patched_forward(self, base_forward, x):
@@ -225,7 +258,7 @@ class PatchedConv1D(_Forgets):
         return paths.run_linear(self, self.weight.t(), self.bias, x) if paths.switches.enabled else base_forward(self, x)
 
 
-class PatchedNorm(_Forgets):
+class PatchedNorm(_Refreshes):
     """Mixin of a norm that stands between a linear and the residual addition: shortcuts join its output."""
 
     def patched_forward(self, base_forward, *args, **kwargs):
@@ -233,7 +266,7 @@ class PatchedNorm(_Forgets):
         return paths.run_delta(self, out) if paths.switches.enabled else out
 
 
-class ShortcutPath(_Forgets, nn.Module):
+class ShortcutPath(_Refreshes, nn.Module):
     """Holder of one shortcut's parameters; the linear whose output it joins runs it.
 
     Shapes: lora_A [r, in_features], lora_B [out_features, r].

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -81,10 +81,10 @@ class HeteroLoraState:
     def _register_hooks(self) -> None:
         self.step_hooks.register(weakref.ref(self))
 
-    def write_masks(self, gates: Mapping[str, Tensor] | None = None) -> None:
-        """Bring the derived tensors of every module in line with the masks, or with ``gates`` where given."""
+    def write_masks(self) -> None:
+        """Bring the derived tensors of every module in line with the masks."""
         for module in self.linears:
-            module._heterolora.write_masks(gates)
+            module._heterolora.write_masks()
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -236,6 +236,11 @@ def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(config, HeteroLoraConfig):
         raise TypeError(f"config must be a HeteroLoraConfig, got {type(config).__name__}")
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or hasattr(model, "_orig_mod"):
+        raise ValueError(f"model is wrapped ({type(model).__name__}): call apply_heterolora first, then wrap or compile; a "
+                         "wrapper made before does not know the adapters")
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("apply_heterolora was called under torch.inference_mode: adapters made there can never be trained")
     if any(is_swapped(module) for module in model.modules()):
         raise ValueError("model is already patched: call remove_heterolora(model) first")
     if config.adapter_dtype == torch.float64 and any(p.dtype != torch.float64 for p in model.parameters()
@@ -267,6 +272,9 @@ def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
         _Patcher(model, config, state).run(lora, layers, shortcuts)
         rows = {path.name: path.r for module in state.linears for path in module._heterolora.paths}
         state.switches.ledger = Ledger(rows)
+        # Now and not at the first forward, which may be one that torch.compile traces.
+        for module in state.linears:
+            module._heterolora.refresh()
     except BaseException:
         remove_heterolora(model)
         raise
@@ -349,7 +357,10 @@ def _merged_weight(path: Path) -> Tensor:
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """The base model inside the block, bit for bit (heads of ``modules_to_save`` as they are)."""
+    """The base model inside the block, bit for bit (heads of ``modules_to_save`` as they are).
+
+    A forward with activation checkpointing must also run its backward inside: what is recomputed outside has the adapters.
+    """
     switches = state_of(model).switches
     before, switches.enabled = switches.enabled, False
     try:

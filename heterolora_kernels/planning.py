@@ -42,6 +42,8 @@ def _why_no_base(name: str, module: nn.Module, parent: nn.Module) -> str | None:
         return f"nn.{type(parent).__name__} reads its weight (at least in eval mode) and does not call it as a module"
     if is_conv1d(module):
         return None
+    if isinstance(module, nn.Linear) and "weight" not in module._parameters:
+        return "its weight is computed from other parameters (weight_norm, a parametrization)"
     if not isinstance(module, nn.Linear):
         return f"it is a {type(module).__name__}, and only nn.Linear and GPT-2's Conv1D can be adapted"
     if type(module).forward is not nn.Linear.forward:
@@ -104,7 +106,7 @@ def find_targets(model: nn.Module, config: HeteroLoraConfig) -> dict[str, nn.Mod
         raise ValueError(f"target_modules selects modules that cannot be adapted: {listed}. Name them in exclude_modules.")
     if refused:
         warnings.warn(f"not adapted, because nn.MultiheadAttention and nn.TransformerEncoderLayer do not call them as modules: "
-                      f"{sorted(refused)}", stacklevel=4)
+                      f"{sorted(refused)}", stacklevel=3)
     if everything:
         _warn_about_experts(modules)
     if not targets and len(config.target_modules) > 0:
@@ -112,10 +114,14 @@ def find_targets(model: nn.Module, config: HeteroLoraConfig) -> dict[str, nn.Mod
         raise ValueError(f"target_modules {config.target_modules!r} matches no linear of the model"
                          f"{' that exclude_modules leaves' if len(config.exclude_modules) else ''}; the model's linears are "
                          f"called {names}")
+    unused = [] if isinstance(config.exclude_modules, str) else [
+        pattern for pattern in config.exclude_modules if not any(_matches(name, (pattern,)) for name in modules)]
+    if unused:
+        warnings.warn(f"exclude_modules: {unused} match no module of the model", stacklevel=3)
     if not everything and not isinstance(config.target_modules, str):
         missed = [target for target in config.target_modules if target not in touched]
         if missed:
-            warnings.warn(f"target_modules: {missed} match no linear of the model", stacklevel=4)
+            warnings.warn(f"target_modules: {missed} match no linear of the model", stacklevel=3)
     return targets
 
 
@@ -123,7 +129,7 @@ def _warn_about_experts(modules: Mapping[str, nn.Module]) -> None:
     experts = [name for name, module in modules.items() if not isinstance(module, nn.modules.conv._ConvNd)
                and any(p.dim() == 3 and p.shape[0] > 1 for p in module._parameters.values() if p is not None)]
     if experts:
-        warnings.warn(f"not adapted, because their weights are 3-D parameters and no nn.Linear: {experts}", stacklevel=5)
+        warnings.warn(f"not adapted, because their weights are 3-D parameters and no nn.Linear: {experts}", stacklevel=4)
 
 
 @dataclass
@@ -177,6 +183,10 @@ def check_shortcut_layers(model: nn.Module, config: HeteroLoraConfig, layers: Se
             f"shortcuts: no layer of the model is in the table of known classes {sorted(SITES)}; describe yours by "
             "sites={\"ClassName\": Site(h, f, attention, feed_forward, attention_norm=None, feed_forward_norm=None)}; "
             f"the repeated classes of this model are {classes}")
+    classes = {type(module).__name__ for module in model.modules()}
+    unknown = [name for name in config.sites or () if name not in classes]
+    if unknown:
+        raise ValueError(f"sites: the model has no module of class {unknown}")
     for layer in layers:
         reason = why_refused(layer.module)
         if reason is not None:

@@ -8,10 +8,10 @@ from collections.abc import Collection, Mapping
 _LAYER = re.compile(r"^(?P<stack>.*?)\.(?P<layer>\d+)\.(?P<module>.+)$")
 
 
-def split_path(name: str) -> tuple[str, str]:
-    """``("3", "self_attn.q_proj")`` of ``model.layers.3.self_attn.q_proj``; layer "" for what lies in none."""
+def split_path(name: str) -> tuple[str, str, str]:
+    """``("model.layers", "3", "self_attn.q_proj")`` of ``model.layers.3.self_attn.q_proj``; layer "" for what lies in none."""
     match = _LAYER.match(name)
-    return (match["layer"], match["module"]) if match else ("", name)
+    return (match["stack"], match["layer"], match["module"]) if match else ("", "", name)
 
 
 def rank_map(ranks: Mapping[str, int], learnt: Collection[str] = ()) -> str:
@@ -23,12 +23,16 @@ def rank_map(ranks: Mapping[str, int], learnt: Collection[str] = ()) -> str:
 
     Returns:
         Lines in which a number is a rank, ``o`` a path that is off but has learnt, ``.`` one that is off and has not, and a
-        blank a path that does not exist.
+        blank a path that does not exist. Rows are named with their stack where the model has several.
     """
+    if not ranks:
+        return ""
+    several = len({stack for stack, layer, _ in map(split_path, ranks) if layer}) > 1
     cells: dict[str, dict[str, str]] = {}
     layers: dict[str, None] = {}
     for name, rank in ranks.items():
-        layer, module = split_path(name)
+        stack, layer, module = split_path(name)
+        module = f"{stack}: {module}" if several and layer else module
         layers[layer] = None
         cells.setdefault(module, {})[layer] = str(rank) if rank else "o" if name in learnt else "."
     order = sorted(layers, key=lambda layer: (layer == "", int(layer or 0)))

@@ -1,20 +1,21 @@
 """A probe: extra passes over a few batches with every path on, from which ledger rows are read. It leaves no trace.
 
-Gradients are taken on twins of the parameters that share their storage, put in their places for the time of the probe. So
-the user's half accumulated ``.grad``, his hooks on parameters and DDP's reducer never see it.
+Gradients are taken on twins of the model's parameters that share their storage, put in their places for the time of the
+probe. So the user's half accumulated ``.grad``, his hooks on parameters and DDP's reducer never see it. Trainable tensors that
+a ``loss_fn`` uses and that are not the model's do get gradients: it should not use any.
 """
 
 from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler
 
 from heterolora_kernels import distributed
 from heterolora_kernels.layers import Path
@@ -26,6 +27,9 @@ LossFunction = Callable[[nn.Module, object], Tensor]
 
 def default_loss(model: nn.Module, batch) -> Tensor:
     """``model(**batch).loss``, the batch's tensors moved to the model's device."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"loss_fn: the default, model(**batch).loss, needs batches that are dictionaries, got "
+                        f"{type(batch).__name__}; pass loss_fn to RankSearch")
     device = next(model.parameters()).device
     batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     loss = model(**batch).loss
@@ -34,21 +38,38 @@ def default_loss(model: nn.Module, batch) -> Tensor:
     return loss
 
 
+def _checked_loss(loss: object) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"loss_fn must return a scalar tensor, got {got}")
+    if not loss.requires_grad:
+        raise ValueError("loss_fn returned a loss without a gradient: was it detached, or computed without the model?")
+    return loss
+
+
 def probe_loader(dataloader: Iterable) -> Iterable:
-    """The head of the training set in a fixed order: an unshuffled twin of a shuffling DataLoader, else the loader itself."""
-    batches = getattr(dataloader, "batch_sampler", None)
-    if not isinstance(dataloader, DataLoader) or type(batches) is not BatchSampler:
+    """A twin of a DataLoader without workers that reads the head of the training set in a fixed order.
+
+    A twin, because ``iter`` on a loader with persistent workers restarts the iterator that the user's loop is in. Samplers
+    that shuffle are replaced; others, and what is no DataLoader, are read as they are.
+    """
+    if not isinstance(dataloader, DataLoader) or isinstance(dataloader.dataset, IterableDataset):
         return dataloader
+    # A generator of its own: an iterator's first act is to draw a seed.
+    common = dict(collate_fn=dataloader.collate_fn, generator=torch.Generator())
+    batches = dataloader.batch_sampler
+    if batches is None:
+        return DataLoader(dataloader.dataset, batch_size=None, sampler=dataloader.sampler, **common)
+    if type(batches) is not BatchSampler:
+        return DataLoader(dataloader.dataset, batch_sampler=batches, **common)
     sampler = batches.sampler
     if type(sampler) is RandomSampler:
-        own = None
+        sampler = None
     elif type(sampler) is DistributedSampler and sampler.shuffle:
-        own = DistributedSampler(dataloader.dataset, sampler.num_replicas, sampler.rank, shuffle=False,
-                                 drop_last=sampler.drop_last)
-    else:
-        return dataloader
-    return DataLoader(dataloader.dataset, batches.batch_size, shuffle=False, sampler=own,
-                      collate_fn=dataloader.collate_fn, drop_last=batches.drop_last)
+        sampler = DistributedSampler(dataloader.dataset, sampler.num_replicas, sampler.rank, shuffle=False,
+                                     drop_last=sampler.drop_last)
+    return DataLoader(dataloader.dataset, batches.batch_size, shuffle=False, sampler=sampler, drop_last=batches.drop_last,
+                      **common)
 
 
 def _generators(loader: Iterable) -> list[torch.Generator]:
@@ -122,11 +143,12 @@ def _everything_on(state: HeteroLoraState) -> Iterator[None]:
     """Every gate 1 and the adapters enabled; masks are not touched."""
     enabled, state.switches.enabled = state.switches.enabled, True
     try:
-        state.write_masks({path.name: torch.ones_like(path.mask) for path in state.paths.values()})
-        yield
+        with ExitStack() as stack:
+            for module in state.linears:
+                stack.enter_context(module._heterolora.everything_on())
+            yield
     finally:
         state.switches.enabled = enabled
-        state.write_masks()
 
 
 def _gradient_rows(path: Path, grad_A: Tensor, grad_B: Tensor) -> Tensor:
@@ -167,12 +189,19 @@ def probe_rows(model: nn.Module, loader: Iterable, num_batches: int | None, loss
         if streaming:
             collector = ledger.open()
             stack.callback(ledger.close, collector)
-        for batch in islice(iter(loader), num_batches):
-            loss = loss_fn(inner, batch)
-            finite = finite and bool(torch.isfinite(loss.detach()).all())
-            if finite:
-                loss.backward()
-            used += 1
+        failure: Exception | None = None
+        try:
+            for batch in islice(iter(loader), num_batches):
+                loss = _checked_loss(loss_fn(inner, batch))
+                finite = finite and bool(torch.isfinite(loss.detach()))
+                if finite:
+                    loss.backward()
+                used += 1
+        except Exception as error:
+            # Raised after the others know: a process that left alone would let them wait in the next collective.
+            failure = error
+        if distributed.any_process(failure is not None, device):
+            raise failure or RuntimeError("scoring failed on another process; no rank was changed")
         if distributed.any_process(used == 0, device):
             raise ValueError(f"{name} is empty: there is no batch to score with")
         if distributed.any_process(not finite, device):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -54,12 +55,18 @@ class RankSearch:
         self._proxy = get_proxy(self.config.proxy)
         get_allocator(self.config.ranks)
         if optimizer is not None:
+            if not hasattr(optimizer, "param_groups"):
+                raise TypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
             if not any(id(path.lora_A) in held for path in self._state.paths.values()):
                 raise ValueError("optimizer holds none of the model's adapters: build it from the parameters that require "
                                  "grad after apply_heterolora")
-        if steps_per_epoch is not None and steps_per_epoch < 1:
+        if steps_per_epoch is not None and (not isinstance(steps_per_epoch, int) or steps_per_epoch < 1):
             raise ValueError(f"steps_per_epoch must be an int >= 1, got {steps_per_epoch!r}")
+        if dataloader is not None and (not isinstance(dataloader, Iterable) or isinstance(dataloader, Iterator)):
+            raise TypeError(f"dataloader must be an iterable that can be read again and again, got {type(dataloader).__name__}")
+        if loss_fn is not None and not callable(loss_fn):
+            raise TypeError(f"loss_fn must be a function (model, batch) -> loss, got {type(loss_fn).__name__}")
         self._dataloader = dataloader
         self._steps_per_epoch = steps_per_epoch
         self._scaler = scaler
@@ -93,11 +100,16 @@ class RankSearch:
         """
         if self._started:
             return
+        # Complain now, not at the first due step.
         if self.config.search == "dynamic":
-            self._interval_steps()  # complain now, not at the first due step
+            self._interval_steps()
+        if self.config.search != "off" and self.config.resolved_score == "probe" and self._proxy.needs_data:
+            self._probe_loader()
         if self.config.search != "off" and (self._warming() or self.config.resolved_score == "probe"):
             self._reallocate()
         self._started = True
+        # A static search is done; a dynamic one is driven by step().
+        self._state.step_hooks.driven = self._state.step_hooks.driven or self.config.search == "static"
         self._update_window()
 
     def step(self) -> bool:
@@ -118,6 +130,10 @@ class RankSearch:
             if self._warming() or not self._needs_window() or self._window_steps() > 0:
                 self._reallocate()
                 done = True
+            elif self._window is not None:
+                self._warn("empty_window",
+                           "a reallocation is due, but the statistics of all optimizer steps in its window were not finite or "
+                           "the steps were skipped: it is put off until there are some")
         self._update_window()
         return done
 
@@ -155,9 +171,11 @@ class RankSearch:
             max_ranks={name: path.r for name, path in paths.items()}, mode=self.config.mode, ranks=self.config.ranks,
             generator=self._generator)
 
-    @torch.no_grad()
     def apply(self, ranks: Mapping[str, int | Tensor | Iterable[bool]]) -> None:
         """Set ranks, in place: no parameter changes identity and nothing recompiles.
+
+        Not between a forward and its backward: torch refuses that backward, and under activation checkpointing the recompute
+        would be that of other ranks.
 
         Args:
             ranks: ``{path: k}``, the first k rows, or ``{path: bool mask [r]}``. Paths that are not named stay as they are.
@@ -165,24 +183,7 @@ class RankSearch:
         Raises:
             ValueError: an unknown path, or a rank outside 0 ... r. Nothing is changed then.
         """
-        masks: dict[str, Tensor] = {}
-        for name, value in ranks.items():
-            if name not in self._state.paths:
-                raise ValueError(f"ranks: there is no path {name!r}")
-            path = self._state.paths[name]
-            if isinstance(value, int) and not isinstance(value, bool):
-                if not 0 <= value <= path.r:
-                    raise ValueError(f"ranks[{name!r}] must be in 0 ... {path.r}, got {value}")
-                masks[name] = torch.arange(path.r) < value
-            else:
-                mask = torch.as_tensor(value)
-                if mask.dtype != torch.bool or tuple(mask.shape) != (path.r,):
-                    raise ValueError(f"ranks[{name!r}] must be an int or a bool mask of shape [{path.r}], "
-                                     f"got {mask.dtype} of shape {list(mask.shape)}")
-                masks[name] = mask
-        for name, mask in masks.items():
-            self._state.paths[name].mask.copy_(mask)
-        self._state.write_masks()
+        self._write(self._masks_of(ranks))
 
     # ---- state ----
 
@@ -206,6 +207,9 @@ class RankSearch:
         """
         if state.get("version") != 1:
             raise ValueError(f"state: version must be 1, got {state.get('version')!r}")
+        keys = self.state_dict().keys()
+        if keys - state.keys():
+            raise ValueError(f"state is incomplete: {sorted(keys - state.keys())} are missing")
         if set(state["masks"]) != set(self.paths):
             odd = sorted(set(state["masks"]) ^ set(self.paths))
             raise ValueError(f"state belongs to a model with other paths: {odd[0]!r} and {len(odd) - 1} others differ")
@@ -235,10 +239,37 @@ class RankSearch:
         else:
             self._window.commit(self._scaler.get_scale() if self._scaler is not None else 1.0)
 
-    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Nothing: :meth:`step` decides."""
-
     # ---- inside ----
+
+    def _masks_of(self, ranks: Mapping[str, int | Tensor | Iterable[bool]]) -> dict[str, Tensor]:
+        """The bool masks that ``ranks`` means, checked."""
+        masks: dict[str, Tensor] = {}
+        for name, value in ranks.items():
+            if name not in self._state.paths:
+                raise ValueError(f"ranks: there is no path {name!r}")
+            path = self._state.paths[name]
+            if isinstance(value, Integral) and not isinstance(value, bool):
+                if not 0 <= value <= path.r:
+                    raise ValueError(f"ranks[{name!r}] must be in 0 ... {path.r}, got {value}")
+                masks[name] = torch.arange(path.r) < int(value)
+            else:
+                mask = torch.as_tensor(value)
+                if mask.dtype != torch.bool or tuple(mask.shape) != (path.r,):
+                    raise ValueError(f"ranks[{name!r}] must be an int or a bool mask of shape [{path.r}], "
+                                     f"got {mask.dtype} of shape {list(mask.shape)}")
+                masks[name] = mask
+        return masks
+
+    @torch.no_grad()
+    def _write(self, masks: Mapping[str, Tensor]) -> None:
+        self._check_patched()
+        for name, mask in masks.items():
+            self._state.paths[name].mask.copy_(mask)
+        self._state.write_masks()
+
+    def _check_patched(self) -> None:
+        if state_of(self._model) is not self._state:
+            raise ValueError("model was patched anew after this search was built: build another RankSearch")
 
     def _eligible(self) -> list[str]:
         return [name for name, path in self._state.paths.items() if self.config.mode != "lora_only" or path.kind == "lora"]
@@ -279,6 +310,7 @@ class RankSearch:
             self._window = ledger.open()
             # A search that is dropped no longer reads.
             self._forget_window = weakref.finalize(self, ledger.close, self._window)
+            self._forget_window.atexit = False
         elif not wanted:
             self._close_window()
 
@@ -293,6 +325,7 @@ class RankSearch:
             raise ValueError(f"score must be 'probe' or 'in_step', got {score!r}")
         if score == "in_step" and batches is not None:
             raise ValueError("batches cannot be given with score='in_step': it reads the statistics of the training steps")
+        self._check_patched()
         self._warn_about_zero_B(proxy)
         if not proxy.needs_data:
             rows = {name: torch.zeros(path.r, NUM_COLUMNS) for name, path in self._state.paths.items()}
@@ -327,8 +360,8 @@ class RankSearch:
             scores, made = self._score(self._proxy, self.config.resolved_score, None, False)
             self._warn_about_ties(scores)
         before = self.ranks
-        ranks = self._agree(self.allocate(scores))
-        self.apply(ranks)
+        self._write(self._agree(self._decision(scores)))
+        ranks = self.ranks
         on = [name for name, rank in ranks.items() if rank and name in self._times_on]
         # A pool whose budget rounds to nothing is never covered: a round that brings nothing new is the last one.
         news = any(self._times_on[name] == 0 for name in on)
@@ -341,11 +374,22 @@ class RankSearch:
         if self._window is not None:
             self._window.zero_()
 
-    def _agree(self, ranks: dict[str, int]) -> dict[str, int]:
+    def _decision(self, scores: Mapping[str, float]) -> dict[str, Tensor]:
+        """The allocator's answer as masks, checked before anything is switched."""
+        masks = self._masks_of(self.allocate(scores))
+        missing = [name for name in self.paths if name not in masks]
+        if missing:
+            raise ValueError(f"allocator {self.config.ranks!r} gave no rank for {missing[0]!r} and {len(missing) - 1} others")
+        if not any(bool(mask.any()) for mask in masks.values()):
+            raise ValueError(f"allocator {self.config.ranks!r} switched every path off (budget {self.config.budget})")
+        return masks
+
+    def _agree(self, masks: dict[str, Tensor]) -> dict[str, Tensor]:
         """The first process's decision everywhere."""
         device = next(iter(self._state.paths.values())).lora_A.device
-        values = distributed.broadcast_(torch.tensor([ranks[name] for name in self.paths], dtype=torch.int64, device=device))
-        return dict(zip(self.paths, values.tolist()))
+        flat = torch.cat([masks[name].to(device, torch.int64) for name in self.paths])
+        parts = distributed.broadcast_(flat).bool().split([self._state.paths[name].r for name in self.paths])
+        return dict(zip(self.paths, parts))
 
     def _record(self, warming: bool, made: dict, scores: dict, before: dict, ranks: dict) -> None:
         paths = self._state.paths

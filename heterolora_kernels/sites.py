@@ -149,21 +149,24 @@ class LayerState:
         self.imports_f = False
         self.exports_f = False
         self.returns_tuple = False
+        self.running = False
         self.groups: list = []
         self.h: Tensor | None = None
         self.f: Tensor | None = None
         self.f_prev: Tensor | None = None
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "h": None, "f": None, "f_prev": None}
+        return {**self.__dict__, "running": False, "h": None, "f": None, "f_prev": None}
 
     def capture_h(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Forward pre-hook: the module's input is h."""
-        self.h = _first_tensor(args, kwargs)
+        """Forward pre-hook: the module's input is h. Outside the layer's forward nobody would let go of it."""
+        if self.running:
+            self.h = _first_tensor(args, kwargs)
 
     def capture_f(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook: the module's input is f."""
-        self.f = _first_tensor(args, kwargs)
+        if self.running:
+            self.f = _first_tensor(args, kwargs)
 
     def source(self, name: str, path: str) -> Tensor:
         """h, f or f_prev for ``path``; zeros for the f of a layer that was skipped.
@@ -180,6 +183,7 @@ class LayerState:
         return value
 
     def clear(self) -> None:
+        self.running = False
         self.h = self.f = self.f_prev = None
         for group in self.groups:
             group.clear()
@@ -222,6 +226,7 @@ class PatchedLayer:
     def patched_forward(self, base_forward, *args, **kwargs):
         state = self._heterolora
         args, kwargs, state.f_prev = state.unwrap(args, kwargs)
+        state.running = True
         try:
             out = base_forward(self, *args, **kwargs)
             if not state.exports_f:
@@ -242,7 +247,8 @@ class PatchedStack:
     """
 
     def patched_forward(self, base_forward, *args, **kwargs):
-        carriers = self._heterolora_carriers
+        # A slice of a Sequential is built with this class, without the carriers.
+        carriers = self.__dict__.get("_heterolora_carriers", ())
         for carrier in carriers:
             carrier.enter()
         try:

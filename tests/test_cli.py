@@ -54,6 +54,7 @@ def test_demo_runs_and_shows_the_ranks(cache, capsys):
     ranks = [cell for line in table[1:] for cell in line.split()[1:]]
     assert ranks.count("8") == 6 + 4  # floor of half of 13 linears (the pooler is one), round of half of 7 shortcuts
     assert set(ranks) <= {"8", "o"}  # everything was on once
+    assert "13 LoRA paths and 7 shortcuts have learnt" in out
 
 
 def test_demo_same_seed_same_ranks(cache, capsys):

@@ -257,7 +257,7 @@ def test_readers_do_not_disturb_each_other():
     first.zero_()
     assert _raw(first) == [0, 0, 0] and _raw(second) == [1, 1, 1]
     _fill(ledger, 2.0)
-    assert second.commit()
+    second.commit()
     assert _raw(first) == [2, 2, 2] and _raw(second) == [0, 0, 0]
     assert ledger.split(second.committed)["a"]["hidden_sq"].tolist() == [3, 3, 3]
     _fill(ledger, 4.0)
@@ -270,7 +270,7 @@ def test_commit_divides_by_the_degree_of_the_loss_scale():
     collector = ledger.open()
     for scale, value in ((4.0, 3.0), (8.0, 2.0)):
         _fill(ledger, torch.tensor([value * scale ** COLUMN_DEGREES[name] for name in COLUMNS]))
-        assert collector.commit(loss_scale=scale)
+        collector.commit(loss_scale=scale)
     assert torch.equal(collector.committed, torch.full((5, 7), 5.0))
     assert collector.steps == 2
 
@@ -280,13 +280,13 @@ def test_commit_drops_a_step_that_is_not_finite(bad):
     ledger = Ledger(RANKS)
     collector = ledger.open()
     _fill(ledger, 1.0)
-    assert collector.commit()
+    collector.commit()
     _fill(ledger, 7.0)
     ledger.bind("c", 2, torch.device("cpu"))[1, 3] = bad
-    assert not collector.commit()
+    collector.commit()
     assert torch.equal(collector.committed, torch.ones(5, 7)) and collector.steps == 1
     _fill(ledger, 2.0)
-    assert collector.commit()
+    collector.commit()
     assert torch.equal(collector.committed, torch.full((5, 7), 3.0)) and collector.steps == 2
 
 

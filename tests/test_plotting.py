@@ -6,9 +6,9 @@ from heterolora_kernels.plotting import rank_map, split_path
 
 
 def test_split_path_finds_the_layer():
-    assert split_path("model.layers.11.self_attn.q_proj") == ("11", "self_attn.q_proj")
-    assert split_path("model.layers.3.shortcut_sa") == ("3", "shortcut_sa")
-    assert split_path("bert.pooler.dense") == ("", "bert.pooler.dense")
+    assert split_path("model.layers.11.self_attn.q_proj") == ("model.layers", "11", "self_attn.q_proj")
+    assert split_path("model.layers.3.shortcut_sa") == ("model.layers", "3", "shortcut_sa")
+    assert split_path("bert.pooler.dense") == ("", "", "bert.pooler.dense")
 
 
 def test_rank_map_tells_off_learnt_and_missing_apart():
@@ -18,3 +18,14 @@ def test_rank_map_tells_off_learnt_and_missing_apart():
         "q             8  o  .",
         "shortcut_ffn    16",
     ]
+
+
+def test_rank_map_keeps_stacks_apart():
+    assert rank_map({"encoder.block.0.q": 8, "decoder.block.0.q": 0}).splitlines()[1:] == [
+        "encoder.block: q  8",
+        "decoder.block: q  .",
+    ]
+
+
+def test_rank_map_of_nothing_is_empty():
+    assert rank_map({}) == ""

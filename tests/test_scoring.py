@@ -332,10 +332,14 @@ def test_given_batches_are_all_used():
     assert len(calls) == 4
 
 
-@pytest.mark.parametrize("batches", [[], iter(())], ids=["list", "iterator"])
-def test_empty_dataloader_is_an_error_that_names_it(batches):
+def test_empty_dataloader_is_an_error_that_names_it():
     with pytest.raises(ValueError, match="dataloader is empty"):
-        hlk.RankSearch(make_net(search="static"), dataloader=batches).start()
+        hlk.RankSearch(make_net(search="static"), dataloader=[]).start()
+
+
+def test_dataloader_that_can_be_read_once_is_refused():
+    with pytest.raises(TypeError, match="dataloader must be .* again and again"):
+        hlk.RankSearch(make_net(search="static"), dataloader=iter(BATCHES))
 
 
 def test_loss_of_none_names_loss_fn():

@@ -54,6 +54,11 @@ def _dropped(source: Tensor, keep: Tensor | None, dropout_p: float) -> Tensor:
     return value if keep is None else torch.where(keep, value * dropout.dropout_scale(dropout_p), 0.0)
 
 
+def _open_rows(value: Tensor, open_rows: Tensor) -> Tensor:
+    """``value`` [..., r] with 0 in closed rows: their numbers may be anything, not finite included (0 * nan is nan)."""
+    return torch.where(open_rows != 0, value, 0.0)
+
+
 def _forward_paths(x, out_dtype_bases, sources, lora_A, lora_B, scaling, gate, active, rng, path_output, path_source,
                    dropout_p, flags):
     """Add every path to its base output; returns (outs, hidden, mask)."""
@@ -84,8 +89,9 @@ def _forward_paths(x, out_dtype_bases, sources, lora_A, lora_B, scaling, gate, a
             h = h * row_mask
         if saves:
             hidden[:, columns[p]:columns[p] + k] = h.to(x.dtype)
-        factor = gate[first_rows[p]:first_rows[p] + k].to(dtype) * scaling[p].to(dtype)
-        delta = (h * factor) @ b[:, :k].to(dtype).t()  # (M, N)
+        open_rows = gate[first_rows[p]:first_rows[p] + k].to(dtype)
+        scaled = _open_rows(h * (open_rows * scaling[p].to(dtype)), open_rows)
+        delta = scaled @ _open_rows(b[:, :k].to(dtype), open_rows).t()  # (M, N)
         output = path_output[p]
         deltas[output] = deltas[output] + delta if output in deltas else delta
     outs = [(base.to(dtype) + deltas[i]).to(x.dtype) if i in deltas else base for i, base in enumerate(out_dtype_bases)]
@@ -129,17 +135,18 @@ def _backward_paths(grad_outs, grad_x, x, sources, lora_A, lora_B, scaling, gate
                 dropped[key] = _dropped(x if key == -1 else sources[key], keeps.get(key), dropout_p)
             shadow_A = scale * (q.t() @ dropped[key])  # (k, K)
             if needs & Needs.LORA_A:
-                grad_A[p][:k] = (open_rows[:, None] * shadow_A).to(a.dtype)
+                grad_A[p][:k] = _open_rows(open_rows * shadow_A.t(), open_rows).t().to(a.dtype)
         if needs & (Needs.LORA_B | Needs.STATISTICS):
             shadow_B = scale * (grad_out.t() @ h)  # (N, k)
             if needs & Needs.LORA_B:
-                grad_B[p][:, :k] = (shadow_B * open_rows).to(b.dtype)
+                grad_B[p][:, :k] = _open_rows(open_rows * shadow_B, open_rows).to(b.dtype)
         if needs & Needs.STATISTICS:
             stats[first_rows[p]:first_rows[p] + k] = row_statistics(
                 a_rows, b_columns, shadow_A, shadow_B,
                 hidden_sq=h.square().sum(0), gate_grad=scale * (q * h).sum(0)).to(torch.float32)
         if needs & (Needs.X if key == -1 else Needs.SOURCES):
-            part = (q * (open_rows * scale)) @ a_rows  # (M, K)
+            scaled = _open_rows(q * (open_rows * scale), open_rows)
+            part = scaled @ _open_rows(a_rows.t(), open_rows).t()  # (M, K)
             low_rank[key] = low_rank[key] + part if key in low_rank else part
     for key, part in low_rank.items():
         if key in keeps:

