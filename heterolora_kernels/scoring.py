@@ -106,16 +106,19 @@ def _kept_rng(model: nn.Module, loader: Iterable) -> Iterator[None]:
 def _kept_modes(model: nn.Module) -> Iterator[None]:
     """Train mode inside, every module's own mode and every running average of a norm as before after it."""
     modes = [(module, module.training) for module in model.modules()]
-    averages = [(buffer, buffer.clone()) for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)
-                for buffer in module._buffers.values() if buffer is not None]
-    model.train()
+    averages = [(module, name, buffer) for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)
+                for name, buffer in module._buffers.items() if buffer is not None]
     try:
+        # Copies are written instead: a graph that waits for its backward may hold the buffers themselves.
+        for module, name, buffer in averages:
+            module._buffers[name] = buffer.clone()
+        model.train()
         yield
     finally:
         for module, training in modes:
             module.training = training
-        for buffer, value in averages:
-            buffer.copy_(value)
+        for module, name, buffer in averages:
+            module._buffers[name] = buffer
 
 
 @contextmanager

@@ -122,15 +122,15 @@ class RankSearch:
         if self._window is not None:
             # What no optimizer hook has committed belongs to a step that was skipped.
             self._window.discard()
-        if not self._started:
-            self.start()
+        fresh = not self._started
+        self.start()
         self._steps += 1
         done = False
         if self.config.search == "dynamic" and self._steps - self._last >= self._interval_steps():
             if self._warming() or not self._needs_window() or self._window_steps() > 0:
                 self._reallocate()
                 done = True
-            elif self._window is not None:
+            elif not fresh:
                 self._warn("empty_window",
                            "a reallocation is due, but the statistics of all optimizer steps in its window were not finite or "
                            "the steps were skipped: it is put off until there are some")

@@ -104,6 +104,20 @@ def nan_loss(rank, proxy):
     return {"raised": raised, "ranks": search.ranks, "history": search.history}
 
 
+def broken_loss(rank):
+    """A loss function that raises on the second process alone."""
+    def loss(model, batch):
+        if rank == 1:
+            raise KeyError("no such column")
+        return model(**batch).loss
+
+    search = hlk.RankSearch(make_net(search="static"), dataloader=batches_of(rank, net_batch), loss_fn=loss)
+    try:
+        search.start()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
 def no_batches(rank):
     """A loader that is empty on the second process alone."""
     search = hlk.RankSearch(make_net(), dataloader=[])
@@ -185,6 +199,7 @@ SCENARIOS = {
     "in_step": in_step_scores,
     "nan-exact": lambda rank: nan_loss(rank, "grad_norm"),
     "nan-streaming": lambda rank: nan_loss(rank, "fisher"),
+    "broken-loss": broken_loss,
     "no-batches": no_batches,
     "bucket-view": probe_under_bucket_view,
     "shuffled": shuffled_heads,
@@ -333,6 +348,11 @@ def test_nan_on_one_process_changes_no_rank(job, scenario):
 def test_statistics_that_are_not_finite_on_one_process_leave_both_alike(job):
     first, second = job("nan-in_step")
     assert first == second
+
+
+def test_an_exception_on_one_process_raises_on_both(job):
+    assert job("broken-loss") == ["RuntimeError: scoring failed on another process; no rank was changed",
+                                  "KeyError: 'no such column'"]
 
 
 def test_no_batches_on_one_process_raises_on_both(job):
