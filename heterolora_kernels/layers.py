@@ -237,6 +237,11 @@ class _Refreshes:
         super()._load_from_state_dict(*args, **kwargs)
         self._heterolora.refresh()
 
+    def extra_repr(self) -> str:
+        """The base's, and the active rows of every path: ``lora=8/8``."""
+        paths = [f"{path.site or 'lora'}={sum(path.active_rows())}/{path.r}" for path in self._heterolora.paths]
+        return ", ".join(filter(None, [super().extra_repr(), *paths]))
+
     def _replicate_for_data_parallel(self):
         raise RuntimeError("a patched model cannot run under nn.DataParallel, whose replicas share what a forward captures; "
                            "use DistributedDataParallel (torchrun), or show the process one GPU (CUDA_VISIBLE_DEVICES)")

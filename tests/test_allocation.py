@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from fuzzing import fuzz
 from helpers_search import make_net, net_batch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import heterolora_kernels as hlk
@@ -209,7 +210,7 @@ def allowed(budget, sizes, mode):
     return math.floor(budget * n_lora) + (0 if mode == "lora_only" else round(budget * n_shortcut))
 
 
-@settings(max_examples=150, deadline=None)
+@fuzz(150)
 @given(data=st.data(), sizes=pools, mode=modes, budget=budgets, seed=st.integers(0, 5))
 def test_budget_is_met_exactly_or_refused(data, sizes, mode, budget, seed):
     scores = drawn_scores(data, sizes)
@@ -222,7 +223,7 @@ def test_budget_is_met_exactly_or_refused(data, sizes, mode, budget, seed):
         assert count(share_out(scores, budget, mode=mode, seed=seed)) == limit
 
 
-@settings(max_examples=100, deadline=None)
+@fuzz(100)
 @given(data=st.data(), sizes=pools, mode=modes, seed=st.integers(0, 5),
        transform=st.sampled_from([lambda x: 2 * x + 3, lambda x: x ** 3, lambda x: math.exp(x / 10), lambda x: x * 1e-20]))
 def test_allocation_is_invariant_to_monotone_transforms(data, sizes, mode, seed, transform):
@@ -231,7 +232,7 @@ def test_allocation_is_invariant_to_monotone_transforms(data, sizes, mode, seed,
     assert share_out(scores, 1, mode=mode, seed=seed) == share_out(transformed, 1, mode=mode, seed=seed)
 
 
-@settings(max_examples=100, deadline=None)
+@fuzz(100)
 @given(data=st.data(), sizes=pools, p=st.floats(0.3, 1.0), seed=st.integers(0, 5))
 def test_no_path_that_is_off_outscores_one_that_is_on(data, sizes, p, seed):
     scores = drawn_scores(data, (sizes[0] + 4, sizes[1]))

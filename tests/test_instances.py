@@ -338,3 +338,10 @@ def test_data_parallel_is_refused_with_what_to_use_instead():
     hlk.apply_heterolora(model, hlk.HeteroLoraConfig(r=2))
     with pytest.raises(RuntimeError, match="DistributedDataParallel"):
         model[0]._replicate_for_data_parallel()
+
+
+def test_a_printed_model_shows_its_paths_and_their_active_rows():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    hlk.apply_heterolora(model, hlk.HeteroLoraConfig(r=2))
+    hlk.RankSearch(model).apply({"0": 1})
+    assert "Linear(in_features=3, out_features=2, bias=True, lora=1/2)" in repr(model)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fuzzing import fuzz
 from helpers_op import (
     CASES,
     REFERENCE,
@@ -18,7 +19,7 @@ from helpers_op import (
     packed_bytes,
     random_grads,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from heterolora_kernels.ops.autograd import call_lora_delta, call_lora_linear
@@ -365,7 +366,7 @@ def _cases(draw):
                 gates=draw(st.sampled_from(["ones", "mixed", "closed_first"])), seed=draw(st.integers(0, 99)))
 
 
-@settings(max_examples=120, deadline=None, derandomize=True, database=None)
+@fuzz(120)
 @given(case=_cases(), dtype=st.sampled_from([torch.float64, torch.float32]), strided=st.booleans())
 def test_fuzz_equals_dense(case, dtype, strided):
     inputs = make_inputs(case, dtype)
