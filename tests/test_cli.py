@@ -66,6 +66,14 @@ def test_demo_same_seed_same_ranks(cache, capsys):
     assert tables[0] == tables[1]
 
 
+def test_demo_uniform_has_one_rank_everywhere(cache, capsys):
+    assert main(["demo", "--cache", str(cache), "--steps", "3", "--uniform", "2", "--debug"]) == 0
+    out = capsys.readouterr().out
+    assert "uniform LoRA, r 2," in out and "budget" not in out and "shortcut_sa" not in out
+    table = out[out.index("layer "):].splitlines()[1:]
+    assert {cell for line in table for cell in line.split()[1:]} == {"2"}
+
+
 def test_demo_without_wheels_names_the_command(tmp_path, capsys):
     assert main(["demo", "--cache", str(tmp_path)]) == 1
     error = capsys.readouterr().err

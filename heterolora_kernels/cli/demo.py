@@ -43,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=float, default=0.25, help="share of the paths that have a rank (default %(default)s)")
     parser.add_argument("--proxy", default="grad_norm", help="what scores a path (default %(default)s)")
     parser.add_argument("--interval", type=int, default=40, help="optimizer steps between reallocations (default %(default)s)")
+    parser.add_argument("--uniform", type=int, metavar="R", help="for comparison: plain LoRA of rank R on every linear instead, "
+                        "no shortcuts and no search")
     parser.add_argument("--cache", type=Path, default=None, help="folder of the two wheels (default: HETEROLORA_CACHE, "
                         "else ~/.cache/heterolora_kernels)")
 
@@ -169,8 +171,11 @@ def _load(folder: Path, seed: int) -> nn.Module:
 
 def run(args: argparse.Namespace) -> int:
     """The command."""
-    config = HeteroLoraConfig(r=8, shortcuts="all", mode="separated", budget=args.budget, proxy=args.proxy,
-                              interval=args.interval, seed=args.seed)
+    if args.uniform is not None:
+        config = HeteroLoraConfig(r=args.uniform, search="off", seed=args.seed)
+    else:
+        config = HeteroLoraConfig(r=8, shortcuts="all", mode="separated", budget=args.budget, proxy=args.proxy,
+                                  interval=args.interval, seed=args.seed)
     get_proxy(config.proxy)
     folder = args.cache or cache_dir()
     wheels = _find_wheels(folder)
@@ -198,7 +203,7 @@ def run(args: argparse.Namespace) -> int:
     model = _load(model_folder, args.seed)
     apply_heterolora(model, config)
     search = RankSearch(model)
-    _train(model, tokenizer, train, args, "HeteroLoRA", search)
+    _train(model, tokenizer, train, args, "adapters", search)
     after = _accuracy(model, tokenizer, test, "accuracy after")
     _report(model, search, before, head_accuracy, after, time.perf_counter() - began)
     return 0
@@ -210,11 +215,14 @@ def _report(model: nn.Module, search: RankSearch, before: float, head: float, af
     on = [name for name, rank in search.ranks.items() if rank]
     kinds = [paths[name].kind for name in on]
     warm = sum(entry["warmup"] for entry in search.history)
-    print(f"\naccuracy: before {before:.1f} %, head alone {head:.1f} %, HeteroLoRA {after:.1f} %   ({seconds:.0f} s)")
+    method = f"uniform LoRA, r {search.config.r}," if search.config.search == "off" else "HeteroLoRA"
+    print(f"\naccuracy: before {before:.1f} %, head alone {head:.1f} %, {method} {after:.1f} %   ({seconds:.0f} s)")
     print_trainable_parameters(model)
-    print(f"budget: {search.config.budget:g} of {len(paths)} paths: {kinds.count('lora')} LoRA and {kinds.count('shortcut')} "
-          f"shortcuts have a rank; chosen by {search.config.proxy} in {len(search.history) - warm} reallocations after "
-          f"{warm} of warm-up; the last one changed {100 * search.history[-1]['churn']:.0f} % of them")
+    if search.history:
+        print(f"budget: {search.config.budget:g} of {len(paths)} paths: {kinds.count('lora')} LoRA and "
+              f"{kinds.count('shortcut')} shortcuts have a rank; chosen by {search.config.proxy} in "
+              f"{len(search.history) - warm} reallocations after {warm} of warm-up; the last one changed "
+              f"{100 * search.history[-1]['churn']:.0f} % of them")
     taught = [paths[name].kind for name in learnt]
     print(f"{taught.count('lora')} LoRA paths and {taught.count('shortcut')} shortcuts have learnt (lora_B is not 0)")
     print("\nranks (a number: active; o: off now, but it has learnt; .: off and nothing learnt)")
