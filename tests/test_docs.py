@@ -42,7 +42,7 @@ def test_proxies_page_example_registers():
         proxies._proxies.pop("b_only", None)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/proxies.md", "docs/decisions.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/proxies.md", "docs/results.md", "docs/decisions.md"])
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text()):
         if not target.startswith("http"):
