@@ -81,6 +81,11 @@ class HeteroLoraState:
     def _register_hooks(self) -> None:
         self.step_hooks.register(weakref.ref(self))
 
+    @property
+    def device(self) -> torch.device:
+        """Where numbers about all paths are brought together: the first path's device."""
+        return next(iter(self.paths.values())).lora_A.device
+
     def write_masks(self) -> None:
         """Bring the derived tensors of every module in line with the masks."""
         for module in self.linears:
@@ -150,10 +155,10 @@ class _Patcher:
         self.add_path(plan, linear.weight, holder, paths)
         layer.module.add_module(plan.site, holder)
 
-    def patch_layer(self, layer: PlannedLayer, state: LayerState) -> None:
-        layer.module._heterolora = state
-        self.state.layers.append(layer.module)
-        swap_class(layer.module, PatchedLayer)
+    def patch_layer(self, module: nn.Module, state: LayerState) -> None:
+        module._heterolora = state
+        self.state.layers.append(module)
+        swap_class(module, PatchedLayer)
 
     def capture(self, layer: PlannedLayer, state: LayerState) -> None:
         for target, hook in ((layer.site.h, state.capture_h), (layer.site.f, state.capture_f)):
@@ -184,12 +189,12 @@ class _Patcher:
             self.add_shortcut(states[layer.name], layer, plan, base)
         last = {layer.stack_key: layer.name for layer in layers}
         crosses = "shortcut_ffn" in self.config.shortcuts
-        for layer in layers if self.config.shortcuts else ():
+        for layer in layers:
             state = states[layer.name]
             state.imports_f = crosses and layer.index > 0
             state.exports_f = crosses and layer.name != last[layer.stack_key]
             self.capture(layer, state)
-            self.patch_layer(layer, state)
+            self.patch_layer(layer.module, state)
             if crosses and layer.stack not in self.state.stacks:
                 layer.stack._heterolora_carriers = [c for key, c in carriers.items() if key[0] == id(layer.stack)]
                 self.state.stacks.append(layer.stack)
@@ -206,9 +211,7 @@ class _Patcher:
             if groups and not is_swapped(module):
                 states[name] = LayerState(name, 0, None)
                 check_swappable(name, module)
-                module._heterolora = states[name]
-                self.state.layers.append(module)
-                swap_class(module, PatchedLayer)
+                self.patch_layer(module, states[name])
             if groups:
                 states[name].groups = groups
 

@@ -78,6 +78,8 @@ def find_targets(model: nn.Module, config: HeteroLoraConfig) -> dict[str, nn.Mod
     """``{name: module}`` of the linears that get LoRA."""
     modules = dict(model.named_modules())
     everything = config.target_modules == "all-linear"
+    # Each entry of a list is held to match something; a regular expression is one entry.
+    entries = () if isinstance(config.target_modules, str) else config.target_modules
     head = _output_embeddings(model)
     targets, refused, touched = {}, {}, set()
     for name, module in modules.items():
@@ -91,8 +93,7 @@ def find_targets(model: nn.Module, config: HeteroLoraConfig) -> dict[str, nn.Mod
             wanted = _matches(name, config.target_modules)
         if not wanted:
             continue
-        if not everything and not isinstance(config.target_modules, str):
-            touched.update(t for t in config.target_modules if _matches(name, (t,)))
+        touched.update(entry for entry in entries if _matches(name, (entry,)))
         if _matches(name, config.exclude_modules):
             continue
         reason = _why_no_base(name, module, parent)
@@ -109,7 +110,7 @@ def find_targets(model: nn.Module, config: HeteroLoraConfig) -> dict[str, nn.Mod
                       f"{sorted(refused)}", stacklevel=3)
     if everything:
         _warn_about_experts(modules)
-    if not targets and len(config.target_modules) > 0:
+    if not targets:
         names = sorted({name.rpartition('.')[2] for name, m in modules.items() if isinstance(m, nn.Linear) or is_conv1d(m)})
         raise ValueError(f"target_modules {config.target_modules!r} matches no linear of the model"
                          f"{' that exclude_modules leaves' if len(config.exclude_modules) else ''}; the model's linears are "
@@ -118,10 +119,9 @@ def find_targets(model: nn.Module, config: HeteroLoraConfig) -> dict[str, nn.Mod
         pattern for pattern in config.exclude_modules if not any(_matches(name, (pattern,)) for name in modules)]
     if unused:
         warnings.warn(f"exclude_modules: {unused} match no module of the model", stacklevel=3)
-    if not everything and not isinstance(config.target_modules, str):
-        missed = [target for target in config.target_modules if target not in touched]
-        if missed:
-            warnings.warn(f"target_modules: {missed} match no linear of the model", stacklevel=3)
+    missed = [entry for entry in entries if entry not in touched]
+    if missed:
+        warnings.warn(f"target_modules: {missed} match no linear of the model", stacklevel=3)
     return targets
 
 

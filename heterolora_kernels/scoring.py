@@ -179,7 +179,7 @@ def probe_rows(model: nn.Module, loader: Iterable, num_batches: int | None, loss
     """
     inner, state = unwrap(model), state_of(model)
     paths = list(state.paths.values())
-    device, ledger = paths[0].lora_A.device, state.switches.ledger
+    device, ledger = state.device, state.switches.ledger
     used, finite = 0, True
     with ExitStack() as stack:
         # Before anything is drawn, so that iter(loader) is covered.

@@ -296,8 +296,7 @@ class RankSearch:
     def _window_steps(self) -> int:
         """Steps in the window; 0 on every process where one has none, so that all decide alike."""
         steps = 0 if self._window is None else self._window.steps
-        device = next(iter(self._state.paths.values())).lora_A.device
-        return 0 if distributed.any_process(steps == 0, device) else steps
+        return 0 if distributed.any_process(steps == 0, self._state.device) else steps
 
     def _update_window(self) -> None:
         """Collect exactly in the last optimizer steps before a due, scored reallocation."""
@@ -386,8 +385,7 @@ class RankSearch:
 
     def _agree(self, masks: dict[str, Tensor]) -> dict[str, Tensor]:
         """The first process's decision everywhere."""
-        device = next(iter(self._state.paths.values())).lora_A.device
-        flat = torch.cat([masks[name].to(device, torch.int64) for name in self.paths])
+        flat = torch.cat([masks[name].to(self._state.device, torch.int64) for name in self.paths])
         parts = distributed.broadcast_(flat).bool().split([self._state.paths[name].r for name in self.paths])
         return dict(zip(self.paths, parts))
 

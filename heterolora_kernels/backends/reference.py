@@ -59,7 +59,7 @@ def _open_rows(value: Tensor, open_rows: Tensor) -> Tensor:
     return torch.where(open_rows != 0, value, 0.0)
 
 
-def _forward_paths(x, out_dtype_bases, sources, lora_A, lora_B, scaling, gate, active, rng, path_output, path_source,
+def _forward_paths(x, base_outs, sources, lora_A, lora_B, scaling, gate, active, rng, path_output, path_source,
                    dropout_p, flags):
     """Add every path to its base output; returns (outs, hidden, mask)."""
     dtype, rows = _compute_dtype(x), x.shape[0]
@@ -94,7 +94,7 @@ def _forward_paths(x, out_dtype_bases, sources, lora_A, lora_B, scaling, gate, a
         delta = scaled @ _open_rows(b[:, :k].to(dtype), open_rows).t()  # (M, N)
         output = path_output[p]
         deltas[output] = deltas[output] + delta if output in deltas else delta
-    outs = [(base.to(dtype) + deltas[i]).to(x.dtype) if i in deltas else base for i, base in enumerate(out_dtype_bases)]
+    outs = [(base.to(dtype) + deltas[i]).to(x.dtype) if i in deltas else base for i, base in enumerate(base_outs)]
     mask = x.new_empty((0,), dtype=torch.uint8)
     if dropout_p > 0 and saves:
         packed = [dropout.pack_mask(keep) for keep in keeps.values()]
