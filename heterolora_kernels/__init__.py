@@ -7,7 +7,7 @@ LoRA-adapted shortcuts. It has nothing to do with the federated-learning method 
 from heterolora_kernels._version import __version__
 from heterolora_kernels.allocation import allocate, register_allocator
 from heterolora_kernels.backends import available_backends, unavailable_backends, use_backend
-from heterolora_kernels.config import HeteroLoraConfig
+from heterolora_kernels.config import HeteroLoraConfig, Site
 from heterolora_kernels.functional import lora_linear
 from heterolora_kernels.patching import (
     apply_heterolora,
@@ -16,10 +16,10 @@ from heterolora_kernels.patching import (
     merge_heterolora,
     print_trainable_parameters,
     remove_heterolora,
+    reset_adapters,
 )
 from heterolora_kernels.proxies import available_proxies, register_proxy
 from heterolora_kernels.search import RankSearch
-from heterolora_kernels.sites import Site
 
 __all__ = [
     "HeteroLoraConfig",
@@ -38,6 +38,7 @@ __all__ = [
     "register_allocator",
     "register_proxy",
     "remove_heterolora",
+    "reset_adapters",
     "unavailable_backends",
     "use_backend",
 ]

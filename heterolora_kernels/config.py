@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 
 import torch
 
@@ -15,8 +16,20 @@ DEFAULT_HEADS = ("score", "classifier")
 _MODES = ("lora_only", "combined", "separated")
 _SEARCHES = ("dynamic", "static", "off")
 _SCORES = (None, "probe", "in_step")
-_UNITS = ("modules",)
+_UNITS = ("modules", "parameters")
 _INITS = ("zeros", "kaiming_uniform")
+_NORMALIZATIONS = ("none", "scale", "size", "type")
+
+#: What the published runs have in common, and what its kinds of runs add (arXiv 2406.14956 and the authors' run logs).
+_PAPER = {"r": 8, "lora_alpha": 16, "target_modules": ("q_proj", "v_proj"), "shortcuts": "all", "shortcut_r": None,
+          "shortcut_alpha": 4, "budget": 0.25, "mode": "combined", "proxy": "grad_norm", "score": "probe", "num_batches": 32,
+          "warmup": 0}
+_PAPER_SETTINGS = {
+    "dynamic": {"search": "dynamic", "interval": 0.2},
+    "static": {"search": "static", "shortcuts": ()},
+    # Here constant took the place of the proxy in the first two epochs: eight reallocations.
+    "llama": {"search": "dynamic", "r": 64, "interval": 0.25, "budget": 0.33, "warmup": 8},
+}
 
 
 def _is_int(value) -> bool:
@@ -31,6 +44,27 @@ def check_budget(budget: float | int) -> None:
     """Refuse what is no share of the paths (float in (0, 1]) and no number of them (int >= 1)."""
     if not _is_number(budget) or (budget < 1 if _is_int(budget) else not 0 < budget <= 1):
         raise ValueError(f"budget must be a float in (0, 1] or an int >= 1, got {budget!r}")
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a layer's shortcuts begin and end: names of modules relative to a layer.
+
+    Args:
+        h: the module whose input is the layer's input.
+        f: the module whose input enters the feed-forward block.
+        attention: the linear at the end of the attention: ``residual_1`` and ``shortcut_ffn`` join its output.
+        feed_forward: the last linear of the feed-forward block: ``residual_2`` and ``shortcut_sa`` join its output.
+        attention_norm, feed_forward_norm: a norm that stands between that linear and the residual addition; shortcuts
+            then join the norm's output.
+    """
+
+    h: str
+    f: str
+    attention: str
+    feed_forward: str
+    attention_norm: str | None = None
+    feed_forward_norm: str | None = None
 
 
 def _check_regex(name: str, pattern: str) -> None:
@@ -66,19 +100,29 @@ class HeteroLoraConfig:
         init_B: ``"zeros"`` (the model is unchanged at the start) or ``"kaiming_uniform"``.
         shortcuts: names out of ``residual_1``, ``residual_2``, ``shortcut_sa``, ``shortcut_ffn``, or ``"all"``.
         shortcut_r, shortcut_alpha: rank (None: r) and alpha of the shortcuts.
-        budget: share (float in (0, 1]) or number (int) of paths that get ranks.
-        budget_unit: ``"modules"``.
+        budget: share (float in (0, 1]) or number (int) of what ``budget_unit`` counts.
+        budget_unit: ``"modules"`` (paths; with graded ranks: rows) or ``"parameters"`` (trainable parameters; a share is one of
+            all eligible paths' parameters at full rank). Never exceeded.
         mode: ``"lora_only"`` (no shortcut gets a rank), ``"combined"`` (one ranking), ``"separated"`` (a budget each).
         search: ``"dynamic"`` (ranks are chosen again and again), ``"static"`` (once, by ``RankSearch.start``) or ``"off"``.
         proxy: a registered proxy; see :func:`heterolora_kernels.proxies.available_proxies`.
-        normalize: ``"none"``.
+        normalize: ``"none"``, ``"scale"`` (divide by s^degree), ``"size"`` (by the square root of the number of parameters) or
+            ``"type"`` (z-score among modules of one name). Proxies of degree 0 are never normalised.
         score: ``"probe"`` (extra passes over the head of the data), ``"in_step"`` (statistics of the training steps
             themselves); None: in_step for dynamic, probe for static search.
-        ranks: a registered allocator; ``"binary"``: a path has rank 0 or its full rank.
+        score_decay: weight in [0, 1) of the scores' moving average over reallocations; 0 takes each score as it is.
+        ranks: a registered allocator; ``"binary"``: a path has rank 0 or its full rank; ``"graded"``: rows are ranked together.
+        rank_step: graded: rows are switched in units of so many.
+        min_rank: graded: rows that every eligible path keeps, paid from the budget; a multiple of ``rank_step``.
+        hysteresis: what is on keeps its place until a rival's score is more than ``1 + hysteresis`` times its own.
         interval: between reallocations: optimizer steps (int) or part of an epoch (float).
         num_batches: batches of a probe (default 32) or optimizer steps of the in_step window (default 8).
         warmup: reallocations that cover all paths before the proxy decides; None: until every path was on once.
+        on_reactivate: what is switched on again goes on with its optimizer state (``"keep"``) or with a fresh one
+            (``"reset"``).
+        synflow_target: ``"outputs"`` (the sum of the outputs) or ``"loss"`` (the task's loss, as published).
         sites: ``{class name: Site}`` for layers that are not in the table of :mod:`heterolora_kernels.sites`.
+        init_from: folder of a PEFT LoRA adapter to start from; targets, ranks and scalings of the LoRA paths are then its own.
         seed: of the initial adapters and of the allocator.
 
     Raises:
@@ -108,11 +152,18 @@ class HeteroLoraConfig:
     proxy: str = "grad_norm"
     normalize: str = "none"
     score: str | None = None
+    score_decay: float = 0.0
     ranks: str = "binary"
+    rank_step: int = 1
+    min_rank: int = 0
+    hysteresis: float = 0.0
     interval: float | int = 0.2
     num_batches: int | None = None
     warmup: int | None = None
-    sites: Mapping[str, object] | None = None
+    on_reactivate: str = "keep"
+    synflow_target: str = "outputs"
+    sites: Mapping[str, Site] | None = None
+    init_from: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -126,9 +177,13 @@ class HeteroLoraConfig:
                 raise TypeError(f"{name} must be a dictionary with names as keys, got {value!r}")
         if self.sites is not None and not isinstance(self.sites, Mapping):
             raise TypeError(f"sites must be a dictionary {{class name: Site}}, got {type(self.sites).__name__}")
-        for name in ("r", "shortcut_r", "num_batches"):
+        if self.init_from is not None:
+            if not isinstance(self.init_from, (str, os.PathLike)):
+                raise TypeError(f"init_from must be the path of a folder, got {type(self.init_from).__name__}")
+            self.init_from = os.fspath(self.init_from)
+        for name in ("r", "shortcut_r", "num_batches", "rank_step"):
             value = getattr(self, name)
-            if value is None and name != "r":
+            if value is None and name in ("shortcut_r", "num_batches"):
                 continue
             if not _is_int(value) or value < 1:
                 raise ValueError(f"{name} must be an int >= 1, got {value!r}")
@@ -140,7 +195,8 @@ class HeteroLoraConfig:
         if not _is_int(self.seed) or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be an int in [0, 2^63), got {self.seed!r}")
         for name, choices in (("budget_unit", _UNITS), ("mode", _MODES), ("search", _SEARCHES), ("score", _SCORES),
-                              ("init_B", _INITS), ("normalize", ("none",))):
+                              ("init_B", _INITS), ("normalize", _NORMALIZATIONS), ("on_reactivate", ("keep", "reset")),
+                              ("synflow_target", ("outputs", "loss"))):
             _choice(name, getattr(self, name), choices)
         self._check_patterns()
         self._check_shortcuts()
@@ -193,9 +249,64 @@ class HeteroLoraConfig:
             raise ValueError(f"warmup must be None or an int >= 0, got {self.warmup!r}")
         if self.search == "static" and self.score == "in_step":
             raise ValueError("score='in_step' cannot be used with search='static': there are no steps yet; use 'probe'")
+        if not _is_int(self.min_rank) or self.min_rank < 0 or self.min_rank % self.rank_step:
+            raise ValueError(f"min_rank must be a multiple of rank_step ({self.rank_step}) and >= 0, got {self.min_rank!r}")
+        if self.ranks == "binary" and (self.min_rank or self.rank_step != 1):
+            raise ValueError("rank_step and min_rank need ranks='graded': binary ranks are 0 or the full rank")
+        if not _is_number(self.hysteresis) or not 0 <= self.hysteresis < math.inf:
+            raise ValueError(f"hysteresis must be a finite number >= 0, got {self.hysteresis!r}")
+        if not _is_number(self.score_decay) or not 0 <= self.score_decay < 1:
+            raise ValueError(f"score_decay must be in [0, 1), got {self.score_decay!r}")
         for name in ("proxy", "ranks"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name} must be a registered name, got {type(getattr(self, name)).__name__}")
+
+    @classmethod
+    def paper(cls, setting: str = "dynamic", **overrides) -> HeteroLoraConfig:
+        """The settings of the published runs.
+
+        Args:
+            setting: ``"dynamic"`` (all shortcuts, ranks chosen every 0.2 epoch), ``"static"`` (LoRA alone, ranks chosen once)
+                or ``"llama"`` (the runs on Llama and Qwen).
+            overrides: fields that are to differ, such as ``target_modules`` where the model's linears have other names.
+
+        Source: arXiv 2406.14956 and the run logs that its authors published.
+        """
+        _choice("setting", setting, tuple(_PAPER_SETTINGS))
+        return cls(**{**_PAPER, **_PAPER_SETTINGS[setting], **overrides})
+
+    def to_dict(self) -> dict:
+        """The fields as JSON and TOML can hold them; :meth:`from_dict` is the inverse.
+
+        Raises:
+            ValueError: ``sites`` holds a function, which has no written form.
+        """
+        odd = [name for name, site in (self.sites or {}).items() if not isinstance(site, Site)]
+        if odd:
+            raise ValueError(f"sites[{odd[0]!r}] is no Site and cannot be written to a file")
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        if self.adapter_dtype is not None:
+            values["adapter_dtype"] = str(self.adapter_dtype).removeprefix("torch.")
+        return {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping) -> HeteroLoraConfig:
+        """A config from :meth:`to_dict`; fields that are not named have their defaults.
+
+        Raises:
+            ValueError, TypeError: name the field.
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"values must be a dictionary of fields, got {type(values).__name__}")
+        known = {entry.name for entry in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"HeteroLoraConfig has no field {unknown[0]!r}; its fields are {sorted(known)}")
+        values = dict(values)
+        if isinstance(values.get("sites"), Mapping):
+            values["sites"] = {name: Site(**site) if isinstance(site, Mapping) else site
+                               for name, site in values["sites"].items()}
+        return cls(**values)
 
     @property
     def heads(self) -> tuple[str, ...]:

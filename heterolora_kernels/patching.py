@@ -58,6 +58,7 @@ class HeteroLoraState:
         hooks: ``(module, id of its forward pre-hook)``.
         requires_grad: flags of the parameters before patching, by name.
         step_hooks: the optimizer hooks (freezing, ledger, counting).
+        overrides: names of attributes that were put into the model's ``__dict__`` later, and go with the patch.
     """
 
     config: HeteroLoraConfig
@@ -69,6 +70,7 @@ class HeteroLoraState:
     hooks: list[tuple[nn.Module, int]] = field(default_factory=list)
     requires_grad: dict[str, bool] = field(default_factory=dict)
     step_hooks: StepHooks = field(default_factory=StepHooks)
+    overrides: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._register_hooks()
@@ -311,6 +313,8 @@ def remove_heterolora(model: nn.Module) -> nn.Module:
     for name, flag in state.requires_grad.items():
         if name in parameters:
             parameters[name].requires_grad_(flag)
+    for name in state.overrides:
+        model.__dict__.pop(name, None)
     del model.__dict__[_STATE]
     return model
 
@@ -356,6 +360,21 @@ def _merged_weight(path: Path) -> Tensor:
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     delta = path.scaling * (path.lora_B.to(dtype)[:, path.mask] @ path.lora_A.to(dtype)[path.mask])
     return (weight.to(dtype) + (delta.t() if is_conv1d(path.holder) else delta)).to(weight.dtype)
+
+
+@torch.no_grad()
+def reset_adapters(model: nn.Module) -> None:
+    """Draw every adapter anew as right after patching, in place: ranks stay, so a static search can train from fresh weights.
+
+    Optimizers and heads of ``modules_to_save`` are not touched.
+    """
+    state = state_of(model)
+    for path in state.paths.values():
+        (out_features, r), in_features = path.lora_B.shape, path.lora_A.shape[1]
+        fresh = make_adapter(path.name, r, in_features, out_features, state.config.seed, state.config.init_B,
+                             path.lora_A.dtype, path.lora_A.device)
+        path.lora_A.copy_(fresh[0])
+        path.lora_B.copy_(fresh[1])
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from heterolora_kernels.config import HeteroLoraConfig
-from heterolora_kernels.sites import SHORTCUTS, SITES, Site, site_of, why_refused
+from heterolora_kernels.config import HeteroLoraConfig, Site
+from heterolora_kernels.sites import SHORTCUTS, SITES, site_of, why_refused
 
 
 def _matches(name: str, patterns: str | Sequence[str]) -> bool:

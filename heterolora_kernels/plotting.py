@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 
-_LAYER = re.compile(r"^(?P<stack>.*?)\.(?P<layer>\d+)\.(?P<module>.+)$")
-
-
-def split_path(name: str) -> tuple[str, str, str]:
-    """``("model.layers", "3", "self_attn.q_proj")`` of ``model.layers.3.self_attn.q_proj``; layer "" for what lies in none."""
-    match = _LAYER.match(name)
-    return (match["stack"], match["layer"], match["module"]) if match else ("", "", name)
+from heterolora_kernels.names import split_path
 
 
 def rank_map(ranks: Mapping[str, int], learnt: Collection[str] = ()) -> str:

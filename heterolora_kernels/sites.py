@@ -9,35 +9,15 @@ checkpointing recomputes it. f of the layer before crosses the layer's boundary 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from heterolora_kernels.config import Site
+
 #: Marks, among a layer's positional arguments, that f of the layer before follows. A string: it crosses checkpointing,
 #: FSDP's and accelerate's argument handling as it is.
 _F_PREV = "heterolora_f_prev"
-
-
-@dataclass(frozen=True)
-class Site:
-    """Names of modules relative to a layer.
-
-    Args:
-        h: the module whose input is the layer's input.
-        f: the module whose input enters the feed-forward block.
-        attention: the linear at the end of the attention: ``residual_1`` and ``shortcut_ffn`` join its output.
-        feed_forward: the last linear of the feed-forward block: ``residual_2`` and ``shortcut_sa`` join its output.
-        attention_norm, feed_forward_norm: a norm that stands between that linear and the residual addition; shortcuts
-            then join the norm's output.
-    """
-
-    h: str
-    f: str
-    attention: str
-    feed_forward: str
-    attention_norm: str | None = None
-    feed_forward_norm: str | None = None
 
 
 _LLAMA = Site("input_layernorm", "post_attention_layernorm", "self_attn.o_proj", "mlp.down_proj")
