@@ -5,8 +5,42 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
+
 
 def cache_dir() -> Path:
     """Folder for files that commands fetch: ``HETEROLORA_CACHE``, else ``~/.cache/heterolora_kernels``."""
     chosen = os.environ.get("HETEROLORA_CACHE")
     return Path(chosen) if chosen else Path.home() / ".cache" / "heterolora_kernels"
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on a device; None where the system does not tell."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # What torch's allocator holds and does not use is free for it.
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        return None
+    limits = [_system_memory(), _container_memory()]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _system_memory() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _container_memory() -> int | None:
+    """What a control group (version 2) leaves; cached files that it can drop count as free."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit = (folder / "memory.max").read_text().strip()
+        used = int((folder / "memory.current").read_text())
+        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    return None if limit == "max" else max(int(limit) - used + int(statistics.get("inactive_file", 0)), 0)

@@ -1,25 +1,52 @@
-"""Sharing a budget out: pure functions from scores to ranks, without modules or models.
+"""Sharing a budget out: pure functions from scores to ranks or row masks, without modules or models.
 
 An allocator is a function registered by :func:`register_allocator` under the name of ``config.ranks``.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from heterolora_kernels.config import check_budget
 
-Allocator = Callable[..., dict[str, int]]
+_UNITS = {"modules": "paths", "parameters": "trainable parameters"}
+
+
+@dataclass(frozen=True)
+class Allocator:
+    """One registered allocator.
+
+    Attributes:
+        name: what ``config.ranks`` says.
+        function: ``f(scores, costs, budget, *, ...) -> {path: rank or row mask}``. Of the keywords of :func:`allocate`
+            (``kinds, max_ranks, mode, budget_unit, rank_step, min_rank, generator``) it gets those that it names.
+        per_rank: whether it wants a score per row of every path.
+    """
+
+    name: str
+    function: Callable[..., dict]
+    per_rank: bool = False
+
+    def __call__(self, scores, costs, budget, **options) -> dict:
+        parameters = inspect.signature(self.function).parameters.values()
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            named = {parameter.name for parameter in parameters}
+            options = {name: value for name, value in options.items() if name in named}
+        return self.function(scores, costs, budget, **options)
+
+
 _allocators: dict[str, Allocator] = {}
 
 
-def register_allocator(name: str) -> Callable[[Allocator], Allocator]:
-    """Register ``f(scores, costs, budget, *, kinds, max_ranks, mode, generator) -> {path: rank}`` under a name."""
-    def register(function: Allocator) -> Allocator:
-        _allocators[name] = function
+def register_allocator(name: str, per_rank: bool = False):
+    """Register ``f(scores, costs, budget, *, ...) -> {path: rank or row mask}``; see :class:`Allocator`."""
+    def register(function):
+        _allocators[name] = Allocator(name, function, per_rank)
         return function
     return register
 
@@ -40,7 +67,7 @@ def get_allocator(name: str) -> Allocator:
     return _allocators[name]
 
 
-def module_budget(budget: float | int, n_lora: int, n_shortcut: int) -> tuple[int, int]:
+def module_budget(budget: float | int, n_lora: int, n_shortcut: int, what: str = "paths") -> tuple[int, int]:
     """How many LoRA paths and how many shortcuts a budget in modules buys.
 
     A float p buys ``floor(p n_lora) + round(p n_shortcut)`` (the published counts); an int is shared out in proportion.
@@ -48,9 +75,29 @@ def module_budget(budget: float | int, n_lora: int, n_shortcut: int) -> tuple[in
     if isinstance(budget, float):
         return math.floor(budget * n_lora), round(budget * n_shortcut)
     if budget > n_lora + n_shortcut:
-        raise ValueError(f"budget is {budget} modules, but there are only {n_lora + n_shortcut} paths")
+        raise ValueError(f"budget is {budget}, but there are only {n_lora + n_shortcut} {what}")
     of_lora = min(n_lora, max(round(budget * n_lora / (n_lora + n_shortcut)), budget - n_shortcut))
     return of_lora, budget - of_lora
+
+
+def _pools(paths: Iterable[str], kinds: Mapping[str, str], mode: str, budget: float | int, size: Callable[[str], int],
+           what: str, published: bool = False) -> list[tuple[list[str], int]]:
+    """``(paths, limit)`` of every ranking that ``mode`` asks for; ``size`` says what a path counts at full rank.
+
+    A share is rounded down; ``published`` rounds that of the shortcuts as :func:`module_budget` does.
+    """
+    lora = [path for path in paths if kinds[path] == "lora"]
+    shortcuts = [path for path in paths if kinds[path] == "shortcut"] if mode != "lora_only" else []
+    sizes = [sum(map(size, pool)) for pool in (lora, shortcuts)]
+    if published or not isinstance(budget, float):
+        limits = module_budget(budget, *sizes, what)
+        together = sum(limits)
+    else:
+        limits, together = [math.floor(budget * total) for total in sizes], math.floor(budget * sum(sizes))
+    if not together:
+        raise ValueError(f"budget {budget} buys none of {sum(sizes)} {what}, those of {len(lora)} LoRA paths and "
+                         f"{len(shortcuts)} shortcuts (mode {mode!r}): raise budget")
+    return [([*lora, *shortcuts], together)] if mode == "combined" else [(lora, limits[0]), (shortcuts, limits[1])]
 
 
 def ranking(scores: Mapping[str, float], generator: torch.Generator) -> list[str]:
@@ -61,23 +108,34 @@ def ranking(scores: Mapping[str, float], generator: torch.Generator) -> list[str
     return [names[i] for i in order]
 
 
-def allocate(scores: Mapping[str, float], costs: Mapping[str, int], budget: float | int, *, kinds: Mapping[str, str],
-             max_ranks: Mapping[str, int], mode: str = "combined", ranks: str = "binary",
-             generator: torch.Generator) -> dict[str, int]:
-    """Share ``budget`` out among paths by their scores.
+def _rows(score: float | Sequence[float], rank: int) -> list[float]:
+    """A score per row; one number for a path counts for each of its rows."""
+    return [float(score)] * rank if isinstance(score, (int, float)) else [float(value) for value in score]
+
+
+def allocate(scores: Mapping[str, float | Sequence[float]], costs: Mapping[str, int], budget: float | int, *,
+             kinds: Mapping[str, str], max_ranks: Mapping[str, int], mode: str = "combined", ranks: str = "binary",
+             budget_unit: str = "modules", rank_step: int = 1, min_rank: int = 0,
+             generator: torch.Generator) -> dict[str, int | list[bool]]:
+    """Share ``budget`` out among paths, or among their rows, by scores.
 
     Args:
-        scores: ``{path: score}``; higher is better. The dictionary's order is part of how ties are broken.
+        scores: ``{path: score}``, or for graded ranks ``{path: [score of each row]}``; higher is better. The dictionary's
+            order is part of how ties are broken.
         costs: ``{path: trainable parameters at full rank}``.
-        budget: float in (0, 1]: share of the paths; int: number of paths.
+        budget: float in (0, 1]: a share; int: a number.
         kinds: ``{path: "lora" or "shortcut"}``.
         max_ranks: ``{path: full rank}``.
         mode: ``"lora_only"``, ``"combined"`` (one ranking) or ``"separated"`` (a budget each).
         ranks: name of a registered allocator.
+        budget_unit: what is shared out: ``"modules"`` (paths; rows for graded ranks) or ``"parameters"``: taken in the order
+            of the scores, what does not fit is left out, never above the budget.
+        rank_step: graded: rows are taken in units of so many.
+        min_rank: graded: best rows that every eligible path has in any case, within the budget.
         generator: breaks ties; exactly one draw.
 
     Returns:
-        ``{path: rank}`` for every path, 0 included.
+        ``{path: rank}`` for every path, 0 included; of graded ranks ``{path: [whether each row is active]}``.
 
     Raises:
         ValueError: a score is not finite, an argument does not fit, or the budget selects nothing.
@@ -86,29 +144,82 @@ def allocate(scores: Mapping[str, float], costs: Mapping[str, int], budget: floa
     check_budget(budget)
     if mode not in ("lora_only", "combined", "separated"):
         raise ValueError(f"mode must be 'lora_only', 'combined' or 'separated', got {mode!r}")
+    if budget_unit not in ("modules", "parameters"):
+        raise ValueError(f"budget_unit must be 'modules' or 'parameters', got {budget_unit!r}")
+    if rank_step < 1 or min_rank < 0 or min_rank % rank_step:
+        raise ValueError(f"rank_step must be >= 1 and min_rank a multiple of it, got {rank_step} and {min_rank}")
     for name, mapping in (("costs", costs), ("kinds", kinds), ("max_ranks", max_ranks)):
         missing = [path for path in scores if path not in mapping]
         if missing:
             raise ValueError(f"{name} has no entry for {missing[0]!r}")
-    bad = [path for path, score in scores.items() if not math.isfinite(score)]
+    rows = {path: [score] if isinstance(score, (int, float)) else list(score) for path, score in scores.items()}
+    for path, values in rows.items():
+        if not isinstance(scores[path], (int, float)) and (not allocator.per_rank or len(values) != max_ranks[path]):
+            wanted = f"a number or {max_ranks[path]} numbers" if allocator.per_rank else "a number"
+            raise ValueError(f"scores[{path!r}] must be {wanted} for ranks={ranks!r}, got {len(values)} numbers")
+    bad = [path for path, values in rows.items() if not all(map(math.isfinite, values))]
     if bad:
         raise ValueError(f"scores must be finite, got {scores[bad[0]]} for {bad[0]!r} and {len(bad) - 1} others")
-    return allocator(scores, costs, budget, kinds=kinds, max_ranks=max_ranks, mode=mode, generator=generator)
+    return allocator(scores, costs, budget, kinds=kinds, max_ranks=max_ranks, mode=mode, budget_unit=budget_unit,
+                     rank_step=rank_step, min_rank=min_rank, generator=generator)
 
 
 @register_allocator("binary")
-def _binary(scores, costs, budget, *, kinds, max_ranks, mode, generator) -> dict[str, int]:
-    """Rank 0 or the full rank; the budget counts paths."""
-    order = ranking(scores, generator)
-    lora = [path for path in order if kinds[path] == "lora"]
-    shortcuts = [path for path in order if kinds[path] == "shortcut"]
-    if mode == "lora_only":
-        count, _ = module_budget(budget, len(lora), 0)
-        chosen = set(lora[:count])
-    else:
-        n_lora, n_shortcuts = module_budget(budget, len(lora), len(shortcuts))
-        chosen = set(order[:n_lora + n_shortcuts]) if mode == "combined" else {*lora[:n_lora], *shortcuts[:n_shortcuts]}
+def _binary(scores, costs, budget, *, kinds, max_ranks, mode, budget_unit, generator) -> dict[str, int]:
+    """Rank 0 or the full rank."""
+    place = {path: i for i, path in enumerate(ranking(scores, generator))}
+    cost = dict.fromkeys(scores, 1) if budget_unit == "modules" else costs
+    pools = _pools(scores, kinds, mode, budget, cost.__getitem__, _UNITS[budget_unit], published=budget_unit == "modules")
+    chosen = set()
+    for pool, limit in pools:
+        for path in sorted(pool, key=place.__getitem__):
+            if cost[path] <= limit:
+                chosen.add(path)
+                limit -= cost[path]
     if not chosen:
-        raise ValueError(f"budget {budget} selects none of {len(lora)} LoRA paths and {len(shortcuts)} shortcuts "
-                         f"(mode {mode!r}): raise budget")
+        raise ValueError(f"budget {budget} selects no path: the smallest costs {min(cost[path] for path in scores)} "
+                         f"{_UNITS[budget_unit]}; raise budget")
     return {path: max_ranks[path] if path in chosen else 0 for path in scores}
+
+
+@register_allocator("graded", per_rank=True)
+def _graded(scores, costs, budget, *, kinds, max_ranks, mode, budget_unit, rank_step, min_rank,
+            generator) -> dict[str, list[bool]]:
+    """All rows of all paths in one order, the best first, in units of ``rank_step``.
+
+    A path's rows are ordered by score and cut into units, whose score is their mean. A path whose next unit does not fit
+    takes no later one either: its rank is a multiple of the step, or its full rank.
+    """
+    drawn = torch.randperm(sum(max_ranks[path] for path in scores), generator=generator).tolist()
+    cost = {path: 1 if budget_unit == "modules" else costs[path] // max_ranks[path] for path in scores}
+    units: dict[str, list[tuple[float, int, list[int]]]] = {}
+    first = 0
+    for path, score in scores.items():
+        values, r = _rows(score, max_ranks[path]), max_ranks[path]
+        order = sorted(range(r), key=lambda j: (-values[j], drawn[first + j]))
+        units[path] = [(sum(values[j] for j in rows) / len(rows), drawn[first + rows[0]], rows)
+                       for rows in (order[i:i + rank_step] for i in range(0, r, rank_step))]
+        first += r
+    masks = {path: [False] * max_ranks[path] for path in scores}
+    pools = _pools(scores, kinds, mode, budget, lambda path: cost[path] * max_ranks[path],
+                   "rows" if budget_unit == "modules" else _UNITS[budget_unit])
+    kept = min_rank // rank_step
+    for pool, limit in pools:
+        floor = sum(cost[path] * len(rows) for path in pool for _, _, rows in units[path][:kept])
+        if floor > limit:
+            raise ValueError(f"min_rank {min_rank} costs {floor} for {len(pool)} paths, more than the {limit} that budget "
+                             f"{budget} buys: lower min_rank or raise budget")
+        # Units of a path stand in the order of their scores, so its floor comes first.
+        order = sorted(((i >= kept, -score, tie, path, rows) for path in pool
+                        for i, (score, tie, rows) in enumerate(units[path])), key=lambda unit: unit[:3])
+        closed = set()
+        for _, _, _, path, rows in order:
+            if path in closed or cost[path] * len(rows) > limit:
+                closed.add(path)
+                continue
+            limit -= cost[path] * len(rows)
+            for j in rows:
+                masks[path][j] = True
+    if not any(map(any, masks.values())):
+        raise ValueError(f"budget {budget} selects no row in units of {rank_step}: raise budget")
+    return masks

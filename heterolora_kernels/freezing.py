@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from heterolora_kernels.allocation import get_allocator
 from heterolora_kernels.layers import Path
 
 #: Optimizer steps after which a dynamic search that nobody drives is reported.
@@ -43,6 +44,45 @@ def _rows_of(optimizer: Optimizer, parameter: Tensor) -> list[Tensor]:
     return [parameter, *(value for value in state.values() if isinstance(value, Tensor) and value.shape == parameter.shape)]
 
 
+#: Optimizers whose step mixes the elements of a parameter, by class name: what a closed row holds would move open ones. Of
+#: torch, transformers, bitsandbytes (state in blocks), torchao and what is common beside them; other names are judged by the
+#: shapes of their state.
+_MIXING = frozenset((
+    "LBFGS", "Muon", "Adafactor", "Shampoo", "DistributedShampoo", "SOAP", "LAMB", "Lamb", "LARS", "CAME", "GaLoreAdamW",
+    "GaLoreAdafactor", "ApolloAdamW", "AdamMini", "Adam_mini", "SM3", "AdEMAMix8bit", "PagedAdEMAMix8bit"))
+
+
+def _is_mixing(optimizer: object) -> bool:
+    # accelerate and others wrap the optimizer that steps.
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return any(cls.__name__ in _MIXING or cls.__name__.endswith(("8bit", "4bit", "Fp8")) for cls in type(inner).__mro__)
+
+
+def check_elementwise(optimizer: object, what: str) -> None:
+    """Refuse an optimizer whose step or state is not elementwise, for ``what`` freezes rows of a parameter.
+
+    Raises:
+        ValueError: names the optimizer.
+    """
+    if _is_mixing(optimizer):
+        raise ValueError(
+            f"optimizer: {type(getattr(optimizer, 'optimizer', optimizer)).__name__} mixes the elements of a parameter (in its "
+            f"state or its update), so the inactive rows of partly active paths, which {what} needs, cannot be frozen; use one "
+            "that works elementwise (SGD, Adam, AdamW, RMSprop, Adagrad, Lion), or ranks='binary'")
+
+
+def _check_state(optimizer: Optimizer, path: Path) -> None:
+    """The same for optimizers of unknown name: state that is neither of the parameter's shape nor one number."""
+    for parameter in (path.lora_A, path.lora_B):
+        for name, value in optimizer.state.get(parameter, {}).items():
+            is_row_wise = isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point()
+            if isinstance(value, Tensor) and value.numel() > 1 and not is_row_wise:
+                raise ValueError(
+                    f"optimizer: {type(optimizer).__name__} keeps state {name!r} ({value.dtype}, {list(value.shape)}) for a "
+                    f"parameter of shape {list(parameter.shape)}: it is not elementwise, so the inactive rows of the partly "
+                    f"active path {path.name!r} cannot be frozen; use an elementwise optimizer, or ranks='binary'")
+
+
 class StepHooks:
     """The hooks of one patched model.
 
@@ -57,6 +97,8 @@ class StepHooks:
         self._handles: list = []
         # (parameter, dimension of its rows, indices of the inactive ones, {id of tensor: (tensor, their values)})
         self._saved: list[tuple[Tensor, int, Tensor, dict[int, tuple[Tensor, Tensor]]]] = []
+        #: ``{path: rows}`` whose optimizer state starts anew at the next step.
+        self._resets: dict[str, list[bool]] = {}
         self._steps = 0
 
     def __getstate__(self) -> dict:
@@ -86,6 +128,33 @@ class StepHooks:
         """End."""
         _remove_all(self._handles)
 
+    def reset_rows(self, name: str, rows: Sequence[bool]) -> None:
+        """Let the optimizer state of these rows of a path start anew when it is next stepped."""
+        if any(rows):
+            marked = self._resets.get(name, [False] * len(rows))
+            self._resets[name] = [bool(a or b) for a, b in zip(marked, rows)]
+
+    def pending_resets(self) -> dict[str, list[bool]]:
+        """What :meth:`reset_rows` was told since the last step."""
+        return {name: list(rows) for name, rows in self._resets.items()}
+
+    def set_pending_resets(self, resets: Mapping[str, Sequence[bool]]) -> None:
+        """Go on with :meth:`pending_resets` of another run."""
+        self._resets = {name: list(rows) for name, rows in resets.items()}
+
+    @torch.no_grad()
+    def _reset(self, optimizer: Optimizer, path: Path, rows: Sequence[bool]) -> None:
+        """Forget the moments of these rows; of a path that was off as a whole everything, the count of steps included."""
+        index = torch.tensor(rows, device=path.lora_A.device).nonzero().flatten()
+        # Its rows that stay off lose their state too, which they would when they are switched on.
+        whole = all(rows[j] for j, on in enumerate(path.active_rows()) if on)
+        for parameter, dim in ((path.lora_A, 0), (path.lora_B, 1)):
+            if whole:
+                optimizer.state.pop(parameter, None)
+            else:
+                for tensor in _rows_of(optimizer, parameter)[1:]:
+                    tensor.index_fill_(dim, index, 0)
+
     def _before(self, state, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         paths = _paths_of(optimizer, list(state.paths.values()))
         if not paths:
@@ -97,11 +166,19 @@ class StepHooks:
                 f"{type(optimizer).__name__}.step was given a closure, which makes gradients after inactive paths were "
                 f"frozen; {len(closed)} paths are inactive ({closed[0].name}, ...). Use an optimizer without closure, or "
                 "search='off'")
+        ranks_rows = state.config.search != "off" and get_allocator(state.config.ranks).per_rank
+        if ranks_rows:
+            check_elementwise(optimizer, f"ranks={state.config.ranks!r}")
         for observer in list(self.observers):
             observer.before_step(optimizer)
+        for path in paths:
+            if path.name in self._resets:
+                self._reset(optimizer, path, self._resets.pop(path.name))
         self._saved.clear()
         for path in closed:
             if any(rows[path.name]):
+                if ranks_rows:
+                    _check_state(optimizer, path)
                 self._save_rows(optimizer, path)
             else:
                 path.lora_A.grad = None

@@ -1,8 +1,9 @@
-"""A probe: extra passes over a few batches with every path on, from which ledger rows are read. It leaves no trace.
+"""Extra passes with every path on, from which scores are made. They leave no trace.
 
-Gradients are taken on twins of the model's parameters that share their storage, put in their places for the time of the
-probe. So the user's half accumulated ``.grad``, his hooks on parameters and DDP's reducer never see it. Trainable tensors that
-a ``loss_fn`` uses and that are not the model's do get gradients: it should not use any.
+A probe runs a few batches and reads ledger rows from their gradients. These are taken on twins of the model's parameters that
+share their storage, put in their places for the time of the probe. So the user's half accumulated ``.grad``, his hooks on
+parameters and DDP's reducer never see it. Trainable tensors that a ``loss_fn`` uses and that are not the model's do get
+gradients: it should not use any.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from itertools import islice
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +26,8 @@ from heterolora_kernels.ops.ledger import row_statistics
 from heterolora_kernels.patching import HeteroLoraState, state_of, unwrap
 
 LossFunction = Callable[[nn.Module, object], Tensor]
+Metric = Callable[[nn.Module, Iterable], float]
+Result = TypeVar("Result")
 
 
 def default_loss(model: nn.Module, batch) -> Tensor:
@@ -36,6 +41,94 @@ def default_loss(model: nn.Module, batch) -> Tensor:
     if loss is None:
         raise ValueError("loss_fn: model(**batch).loss is None (no labels in the batch?); pass loss_fn to RankSearch")
     return loss
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What a user says about loss and metric.
+
+    Args:
+        loss_fn: ``loss_fn(model, batch) -> scalar tensor``.
+        metric: ``metric(model, batches) -> float``, ``"accuracy"`` or ``"perplexity"``; None: accuracy where each example has one
+            integer label, else perplexity.
+        greater_is_better: of a metric that is a function (None: True); the named ones know.
+        tolerance: relative loss of the metric that ``alpha_test`` allows.
+        eval_batches: batches for the metric; None: the head of the training set.
+
+    Raises:
+        ValueError, TypeError: name the argument.
+    """
+
+    loss_fn: LossFunction = default_loss
+    metric: Metric | str | None = None
+    greater_is_better: bool | None = None
+    tolerance: float = 0.01
+    eval_batches: Iterable | None = None
+
+    def __post_init__(self) -> None:
+        if not callable(self.loss_fn):
+            raise TypeError(f"loss_fn must be a function (model, batch) -> loss, got {type(self.loss_fn).__name__}")
+        if self.metric is not None and not callable(self.metric) and self.metric not in ("accuracy", "perplexity"):
+            raise ValueError("metric must be a function (model, batches) -> float, 'accuracy' or 'perplexity', "
+                             f"got {self.metric!r}")
+        if not callable(self.metric) and self.greater_is_better is not None:
+            raise ValueError("greater_is_better belongs to a metric that is a function: the named ones know theirs")
+        if not isinstance(self.tolerance, (int, float)) or not 0 <= self.tolerance < 1:
+            raise ValueError(f"tolerance must be in [0, 1), got {self.tolerance!r}")
+        if self.eval_batches is not None:
+            check_rereadable("eval_batches", self.eval_batches)
+
+
+def check_rereadable(name: str, batches: object) -> None:
+    """Refuse what cannot be read again and again."""
+    if not isinstance(batches, Iterable) or isinstance(batches, Iterator):
+        raise TypeError(f"{name} must be an iterable that can be read again and again, got {type(batches).__name__}")
+
+
+@dataclass(frozen=True)
+class ScoringPass:
+    """What a proxy that makes passes of its own is given.
+
+    Attributes:
+        model: the patched model, unwrapped.
+        state: its paths, switches and config.
+        loader: training batches in a fixed order.
+        num_batches: how many of them count; None: all.
+        measures: the user's loss and metric.
+        per_rank: whether a score per row is wanted.
+        name: the user's argument that ``loader`` is, for errors.
+    """
+
+    model: nn.Module
+    state: HeteroLoraState
+    loader: Iterable
+    num_batches: int | None
+    measures: Measures
+    per_rank: bool = False
+    name: str = "dataloader"
+
+    def batches(self) -> list:
+        """The batches that count.
+
+        Raises:
+            ValueError: there is none.
+        """
+        found = list(islice(iter(self.loader), self.num_batches))
+        if not found:
+            raise ValueError(f"{self.name} is empty: there is no batch to score with")
+        return found
+
+
+def on_every_process(function: Callable[[], Result], device: torch.device) -> Result:
+    """``function()``; if it fails on one process all raise, for one that left alone would let the others wait in a collective."""
+    result, failure = None, None
+    try:
+        result = function()
+    except Exception as error:
+        failure = error
+    if distributed.any_process(failure is not None, device):
+        raise failure or RuntimeError("scoring failed on another process; no rank was changed")
+    return result
 
 
 def _checked_loss(loss: object) -> Tensor:
@@ -103,8 +196,8 @@ def _kept_rng(model: nn.Module, loader: Iterable) -> Iterator[None]:
 
 
 @contextmanager
-def _kept_modes(model: nn.Module) -> Iterator[None]:
-    """Train mode inside, every module's own mode and every running average of a norm as before after it."""
+def _kept_modes(model: nn.Module, training: bool) -> Iterator[None]:
+    """Train or eval mode inside, every module's own mode and every running average of a norm as before after it."""
     modes = [(module, module.training) for module in model.modules()]
     averages = [(module, name, buffer) for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)
                 for name, buffer in module._buffers.items() if buffer is not None]
@@ -112,7 +205,7 @@ def _kept_modes(model: nn.Module) -> Iterator[None]:
         # Copies are written instead: a graph that waits for its backward may hold the buffers themselves.
         for module, name, buffer in averages:
             module._buffers[name] = buffer.clone()
-        model.train()
+        model.train(training)
         yield
     finally:
         for module, training in modes:
@@ -122,7 +215,7 @@ def _kept_modes(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _twins(model: nn.Module) -> Iterator[None]:
+def twins(model: nn.Module) -> Iterator[None]:
     """Fresh leaves in the places of all trainable parameters: same storage, no ``.grad``, no hooks."""
     twins: dict[int, nn.Parameter] = {}
     places: list[tuple[nn.Module, str, nn.Parameter]] = []
@@ -154,7 +247,20 @@ def _everything_on(state: HeteroLoraState) -> Iterator[None]:
         state.switches.enabled = enabled
 
 
-def _gradient_rows(path: Path, grad_A: Tensor, grad_B: Tensor) -> Tensor:
+@contextmanager
+def untouched(model: nn.Module, state: HeteroLoraState, loader: Iterable, training: bool) -> Iterator[None]:
+    """Every path on at gate 1 inside; random generators, modes, masks and the ledger's readers as before after it.
+
+    Args:
+        loader: entered before anything is drawn, so that ``iter(loader)`` is covered.
+        training: train or eval mode inside.
+    """
+    with _kept_rng(model, loader), _kept_modes(model, training), _everything_on(state), state.switches.ledger.isolated():
+        yield
+
+
+def gradient_rows(path: Path, grad_A: Tensor, grad_B: Tensor) -> Tensor:
+    """The ledger's rows [r, columns] of one path from its gradients."""
     dtype = torch.float64 if grad_A.dtype == torch.float64 else torch.float32
     return row_statistics(path.lora_A.detach().to(dtype), path.lora_B.detach().to(dtype), grad_A.to(dtype), grad_B.to(dtype))
 
@@ -180,31 +286,25 @@ def probe_rows(model: nn.Module, loader: Iterable, num_batches: int | None, loss
     inner, state = unwrap(model), state_of(model)
     paths = list(state.paths.values())
     device, ledger = state.device, state.switches.ledger
-    used, finite = 0, True
     with ExitStack() as stack:
-        # Before anything is drawn, so that iter(loader) is covered.
-        stack.enter_context(_kept_rng(inner, loader))
-        stack.enter_context(_kept_modes(inner))
-        stack.enter_context(_twins(inner))
-        stack.enter_context(_everything_on(state))
+        stack.enter_context(untouched(inner, state, loader, training=True))
+        stack.enter_context(twins(inner))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(ledger.isolated())
         if streaming:
             collector = ledger.open()
             stack.callback(ledger.close, collector)
-        failure: Exception | None = None
-        try:
+
+        def run() -> tuple[int, bool]:
+            used, finite = 0, True
             for batch in islice(iter(loader), num_batches):
                 loss = _checked_loss(loss_fn(inner, batch))
                 finite = finite and bool(torch.isfinite(loss.detach()))
                 if finite:
                     loss.backward()
                 used += 1
-        except Exception as error:
-            # Raised after the others know: a process that left alone would let them wait in the next collective.
-            failure = error
-        if distributed.any_process(failure is not None, device):
-            raise failure or RuntimeError("scoring failed on another process; no rank was changed")
+            return used, finite
+
+        used, finite = on_every_process(run, device)
         if distributed.any_process(used == 0, device):
             raise ValueError(f"{name} is empty: there is no batch to score with")
         if distributed.any_process(not finite, device):
@@ -215,5 +315,5 @@ def probe_rows(model: nn.Module, loader: Iterable, num_batches: int | None, loss
         else:
             grads = [[torch.zeros_like(p) if p.grad is None else p.grad for p in (path.lora_A, path.lora_B)] for path in paths]
             distributed.average_([grad for pair in grads for grad in pair])
-            rows = {path.name: _gradient_rows(path, *pair) for path, pair in zip(paths, grads)}
+            rows = {path.name: gradient_rows(path, *pair) for path, pair in zip(paths, grads)}
     return rows, used

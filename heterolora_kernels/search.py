@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
-from heterolora_kernels import distributed
+from heterolora_kernels import alpha_test, distributed, synflow  # noqa: F401  (the two proxies register themselves)
 from heterolora_kernels.allocation import allocate, get_allocator
+from heterolora_kernels.freezing import check_elementwise
+from heterolora_kernels.names import split_path
 from heterolora_kernels.ops.ledger import NUM_COLUMNS, Collector
-from heterolora_kernels.patching import state_of
-from heterolora_kernels.proxies import Proxy, get_proxy, scores_of
-from heterolora_kernels.scoring import LossFunction, default_loss, probe_loader, probe_rows
+from heterolora_kernels.patching import state_of, unwrap
+from heterolora_kernels.proxies import PathSize, Proxy, get_proxy, normalized, scores_of
+from heterolora_kernels.scoring import (
+    LossFunction,
+    Measures,
+    Metric,
+    ScoringPass,
+    check_rereadable,
+    default_loss,
+    probe_loader,
+    probe_rows,
+)
 
 _PROBE_BATCHES = 32  # HeteroLoRA, arXiv 2406.14956: T of the published runs
 _WINDOW_STEPS = 8
@@ -36,6 +48,8 @@ class RankSearch:
         steps_per_epoch: optimizer steps of one epoch, for a float ``interval``.
         scaler: a GradScaler whose scale is divided out of the statistics of training steps.
         loss_fn: ``loss_fn(model, batch) -> scalar``; default ``model(**batch).loss``.
+        metric, eval_batches, greater_is_better, tolerance: what the proxy ``alpha_test`` measures, see
+            :class:`heterolora_kernels.scoring.Measures`.
 
     Attributes:
         paths: names of all paths.
@@ -48,12 +62,17 @@ class RankSearch:
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, dataloader: Iterable | None = None,
-                 steps_per_epoch: int | None = None, scaler=None, loss_fn: LossFunction | None = None):
+                 steps_per_epoch: int | None = None, scaler=None, loss_fn: LossFunction | None = None,
+                 metric: Metric | str | None = None, eval_batches: Iterable | None = None,
+                 greater_is_better: bool | None = None, tolerance: float = 0.01):
         self._model = model
         self._state = state_of(model)
         self.config = self._state.config
         self._proxy = get_proxy(self.config.proxy)
-        get_allocator(self.config.ranks)
+        self._per_rank = get_allocator(self.config.ranks).per_rank
+        if self._proxy.own_pass and self.config.score == "in_step":
+            raise ValueError(f"score='in_step' cannot be used with proxy {self.config.proxy!r}, which makes passes of its own; "
+                             "use score='probe'")
         if optimizer is not None:
             if not hasattr(optimizer, "param_groups"):
                 raise TypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
@@ -61,20 +80,23 @@ class RankSearch:
             if not any(id(path.lora_A) in held for path in self._state.paths.values()):
                 raise ValueError("optimizer holds none of the model's adapters: build it from the parameters that require "
                                  "grad after apply_heterolora")
+            if self._per_rank and self.config.search != "off":
+                check_elementwise(optimizer, f"ranks={self.config.ranks!r}")
         if steps_per_epoch is not None and (not isinstance(steps_per_epoch, int) or steps_per_epoch < 1):
             raise ValueError(f"steps_per_epoch must be an int >= 1, got {steps_per_epoch!r}")
-        if dataloader is not None and (not isinstance(dataloader, Iterable) or isinstance(dataloader, Iterator)):
-            raise TypeError(f"dataloader must be an iterable that can be read again and again, got {type(dataloader).__name__}")
-        if loss_fn is not None and not callable(loss_fn):
-            raise TypeError(f"loss_fn must be a function (model, batch) -> loss, got {type(loss_fn).__name__}")
+        if dataloader is not None:
+            check_rereadable("dataloader", dataloader)
+        self._measures = Measures(default_loss if loss_fn is None else loss_fn, metric, greater_is_better, tolerance,
+                                  eval_batches)
         self._dataloader = dataloader
         self._steps_per_epoch = steps_per_epoch
         self._scaler = scaler
-        self._loss_fn = loss_fn or default_loss
         self.paths: list[str] = list(self._state.paths)
         self.history: list[dict] = []
         self._generator = torch.Generator().manual_seed(self.config.seed)
-        self._times_on = dict.fromkeys(self._eligible(), 0)
+        # Of a path, or of each of its rows where rows are ranked.
+        self._times_on = {name: [0] * (self._state.paths[name].r if self._per_rank else 1) for name in self._eligible()}
+        self._average: dict[str, list[float]] = {}
         self._covered = False
         self._started = False
         self._steps = 0
@@ -103,9 +125,9 @@ class RankSearch:
         # Complain now, not at the first due step.
         if self.config.search == "dynamic":
             self._interval_steps()
-        if self.config.search != "off" and self.config.resolved_score == "probe" and self._proxy.needs_data:
+        if self.config.search != "off" and self._score_of(self._proxy) == "probe" and self._proxy.needs_data:
             self._probe_loader()
-        if self.config.search != "off" and (self._warming() or self.config.resolved_score == "probe"):
+        if self.config.search != "off" and (self._warming() or self._score_of(self._proxy) == "probe"):
             self._reallocate()
         self._started = True
         # A static search is done; a dynamic one is driven by step().
@@ -141,13 +163,14 @@ class RankSearch:
 
     @torch.no_grad()
     def score(self, batches: Iterable | None = None, *, proxy: str | None = None, score: str | None = None,
-              per_rank: bool = False) -> dict[str, float] | dict[str, list[float]]:
+              per_rank: bool = False, **measures) -> dict[str, float] | dict[str, list[float]]:
         """Score every path.
 
         Args:
             batches: for a probe: all of them are used; default: the first ``num_batches`` (32) of the dataloader.
             proxy, score: default: the config's.
             per_rank: a list with one score per row instead of one number.
+            measures: ``loss_fn``, ``metric``, ``eval_batches``, ``greater_is_better``, ``tolerance``: default: the search's.
 
         Returns:
             ``{path: score}``, equal on all processes.
@@ -156,11 +179,15 @@ class RankSearch:
             ValueError: no data, an empty window, an unknown name.
             FloatingPointError: a loss is not finite.
         """
-        return self._score(get_proxy(proxy) if proxy else self._proxy, score or self.config.resolved_score, batches,
-                           per_rank)[0]
+        chosen = get_proxy(proxy) if proxy else self._proxy
+        return self._score(chosen, score or self._score_of(chosen), batches, per_rank,
+                           dataclasses.replace(self._measures, **measures))[0]
 
-    def allocate(self, scores: Mapping[str, float]) -> dict[str, int]:
-        """Share the config's budget out by these scores; one draw from the search's generator."""
+    def allocate(self, scores: Mapping[str, float | list[float]]) -> dict[str, int | list[bool]]:
+        """Share the config's budget out by these scores; one draw from the search's generator.
+
+        Graded ranks take a score per row (``score(per_rank=True)``) and give row masks.
+        """
         paths = self._state.paths
         missing = [name for name in paths if name not in scores]
         if missing:
@@ -169,6 +196,7 @@ class RankSearch:
             {name: scores[name] for name in paths}, {name: path.num_parameters for name, path in paths.items()},
             self.config.budget, kinds={name: path.kind for name, path in paths.items()},
             max_ranks={name: path.r for name, path in paths.items()}, mode=self.config.mode, ranks=self.config.ranks,
+            budget_unit=self.config.budget_unit, rank_step=self.config.rank_step, min_rank=self.config.min_rank,
             generator=self._generator)
 
     def apply(self, ranks: Mapping[str, int | Tensor | Iterable[bool]]) -> None:
@@ -192,8 +220,9 @@ class RankSearch:
         window = None if self._window is None else {"committed": self._window.committed.cpu().clone(),
                                                     "steps": self._window.steps}
         return {
-            "version": 1, "started": self._started, "steps": self._steps, "last": self._last,
-            "reallocations": self._reallocations, "times_on": dict(self._times_on), "covered": self._covered,
+            "version": 2, "started": self._started, "steps": self._steps, "last": self._last,
+            "reallocations": self._reallocations, "times_on": copy.deepcopy(self._times_on), "covered": self._covered,
+            "average": copy.deepcopy(self._average), "reset": self._state.step_hooks.pending_resets(),
             "generator": self._generator.get_state(),
             "history": copy.deepcopy(self.history), "window": window, "warned": sorted(self._warned),
             "masks": {name: list(path.active_rows()) for name, path in self._state.paths.items()},
@@ -205,8 +234,8 @@ class RankSearch:
         Raises:
             ValueError: the state belongs to other paths or to another version.
         """
-        if state.get("version") != 1:
-            raise ValueError(f"state: version must be 1, got {state.get('version')!r}")
+        if state.get("version") != 2:
+            raise ValueError(f"state: version must be 2, got {state.get('version')!r}")
         keys = self.state_dict().keys()
         if keys - state.keys():
             raise ValueError(f"state is incomplete: {sorted(keys - state.keys())} are missing")
@@ -215,7 +244,9 @@ class RankSearch:
             raise ValueError(f"state belongs to a model with other paths: {odd[0]!r} and {len(odd) - 1} others differ")
         self.apply({name: torch.tensor(mask, dtype=torch.bool) for name, mask in state["masks"].items()})
         self._started, self._steps, self._last = state["started"], state["steps"], state["last"]
-        self._reallocations, self._times_on = state["reallocations"], dict(state["times_on"])
+        self._reallocations, self._times_on = state["reallocations"], copy.deepcopy(dict(state["times_on"]))
+        self._average = copy.deepcopy(dict(state["average"]))
+        self._state.step_hooks.set_pending_resets(state["reset"])
         self._covered = state["covered"]
         self._generator.set_state(state["generator"])
         self.history = copy.deepcopy(list(state["history"]))
@@ -264,7 +295,11 @@ class RankSearch:
     def _write(self, masks: Mapping[str, Tensor]) -> None:
         self._check_patched()
         for name, mask in masks.items():
-            self._state.paths[name].mask.copy_(mask)
+            path = self._state.paths[name]
+            before = path.active_rows()
+            path.mask.copy_(mask)
+            if self.config.on_reactivate == "reset":
+                self._state.step_hooks.reset_rows(name, [on and not was for on, was in zip(path.active_rows(), before)])
         self._state.write_masks()
 
     def _check_patched(self) -> None:
@@ -290,8 +325,12 @@ class RankSearch:
             return self._reallocations < self.config.warmup
         return not self._covered
 
+    def _score_of(self, proxy: Proxy) -> str:
+        """``"probe"`` or ``"in_step"``: the config's, but a proxy with passes of its own needs a probe."""
+        return "probe" if proxy.own_pass else self.config.resolved_score
+
     def _needs_window(self) -> bool:
-        return self.config.search == "dynamic" and self.config.resolved_score == "in_step" and self._proxy.needs_data
+        return self.config.search == "dynamic" and self._score_of(self._proxy) == "in_step" and self._proxy.needs_data
 
     def _window_steps(self) -> int:
         """Steps in the window; 0 on every process where one has none, so that all decide alike."""
@@ -318,31 +357,43 @@ class RankSearch:
             self._forget_window()
             self._window = None
 
-    def _score(self, proxy: Proxy, score: str, batches: Iterable | None, per_rank: bool) -> tuple[dict, dict]:
+    def _score(self, proxy: Proxy, score: str, batches: Iterable | None, per_rank: bool,
+               measures: Measures) -> tuple[dict, dict]:
         """``(scores, what they were made from)``."""
         if score not in ("probe", "in_step"):
             raise ValueError(f"score must be 'probe' or 'in_step', got {score!r}")
-        if score == "in_step" and batches is not None:
-            raise ValueError("batches cannot be given with score='in_step': it reads the statistics of the training steps")
+        if score == "in_step" and (batches is not None or proxy.own_pass):
+            what = "batches cannot be given" if batches is not None else f"proxy {proxy.name!r} cannot be scored"
+            raise ValueError(f"{what} with score='in_step': it reads the statistics of the training steps")
         self._check_patched()
         self._warn_about_zero_B(proxy)
+        paths = self._state.paths
+        made = {"score": score, "statistics": "exact"}
         if not proxy.needs_data:
-            rows = {name: torch.zeros(path.r, NUM_COLUMNS) for name, path in self._state.paths.items()}
+            rows = {name: torch.zeros(path.r, NUM_COLUMNS) for name, path in paths.items()}
             made = {"score": None, "statistics": None, "batches": 0}
         elif score == "in_step":
             if self._window_steps() == 0:
                 raise ValueError("score='in_step' has no statistics: no optimizer step was taken in the window before a "
                                  "reallocation; use score='probe'")
-            ledger = self._state.switches.ledger
-            rows = ledger.rows_by_path(distributed.sum_(self._window.committed.clone()))
-            made = {"score": "in_step", "statistics": "streaming", "batches": self._window.steps}
+            rows = self._state.switches.ledger.rows_by_path(distributed.sum_(self._window.committed.clone()))
+            made.update(statistics="streaming", batches=self._window.steps)
         else:
             loader, limit = (batches, None) if batches is not None else (self._probe_loader(),
                                                                          self.config.num_batches or _PROBE_BATCHES)
-            rows, used = probe_rows(self._model, loader, limit, self._loss_fn, streaming=proxy.streaming_only,
-                                    name="dataloader" if batches is None else "batches")
-            made = {"score": "probe", "statistics": "streaming" if proxy.streaming_only else "exact", "batches": used}
-        return {name: _plain(scores_of(proxy, rows[name], per_rank), per_rank) for name in self._state.paths}, made
+            name = "dataloader" if batches is None else "batches"
+            if proxy.own_pass:
+                request = ScoringPass(unwrap(self._model), self._state, loader, limit, measures, per_rank, name)
+                scores = proxy.formula(request)
+                made.update(statistics=None, batches=limit)
+            else:
+                rows, used = probe_rows(self._model, loader, limit, measures.loss_fn, streaming=proxy.streaming_only, name=name)
+                made.update(statistics="streaming" if proxy.streaming_only else "exact", batches=used)
+        if not proxy.own_pass:
+            scores = {name: scores_of(proxy, rows[name], per_rank) for name in paths}
+        scores = normalized(scores, proxy, self.config.normalize, {
+            name: PathSize(path.scaling, path.num_parameters, split_path(name)[2]) for name, path in paths.items()})
+        return {name: _plain(scores[name], per_rank) for name in paths}, made
 
     def _probe_loader(self) -> Iterable:
         if self._dataloader is None:
@@ -352,26 +403,56 @@ class RankSearch:
     def _reallocate(self) -> None:
         warming = self._warming()
         if warming:
-            # Whoever was on least comes first: no path twice before every path once.
-            scores = {name: -float(self._times_on.get(name, 0)) for name in self.paths}
+            # Who was on least comes first: no path twice before every path once.
+            never = {name: [0] * (path.r if self._per_rank else 1) for name, path in self._state.paths.items()}
+            scores = {name: [-float(times) for times in counts] for name, counts in {**never, **self._times_on}.items()}
+            scores = scores if self._per_rank else {name: first for name, (first,) in scores.items()}
             made = {"score": None, "statistics": None, "batches": 0}
         else:
-            scores, made = self._score(self._proxy, self.config.resolved_score, None, False)
+            scores, made = self._score(self._proxy, self._score_of(self._proxy), None, self._per_rank, self._measures)
             self._warn_about_ties(scores)
-        before = self.ranks
-        self._write(self._agree(self._decision(scores)))
-        ranks = self.ranks
-        on = [name for name, rank in ranks.items() if rank and name in self._times_on]
-        # A pool whose budget rounds to nothing is never covered: a round that brings nothing new is the last one.
-        news = any(self._times_on[name] == 0 for name in on)
-        for name in on:
-            self._times_on[name] += 1
-        self._covered = self._covered or not news or min(self._times_on.values()) > 0
+            scores = self._averaged(scores)
+        before = {name: path.active_rows() for name, path in self._state.paths.items()}
+        self._write(self._agree(self._decision(scores if warming else self._steadied(scores))))
+        self._count_coverage()
         self._reallocations += 1
         self._last = self._steps
-        self._record(warming, made, scores, before, ranks)
+        self._record(warming, made, scores, before)
         if self._window is not None:
             self._window.zero_()
+
+    def _averaged(self, scores: dict) -> dict:
+        """The moving average of the scores over reallocations."""
+        decay = self.config.score_decay
+        if decay == 0:
+            return scores
+        new = {name: value if self._per_rank else [value] for name, value in scores.items()}
+        self._average = {name: [decay * old + (1 - decay) * value for old, value in zip(self._average.get(name, values), values)]
+                         for name, values in new.items()}
+        return {name: list(values) if self._per_rank else values[0] for name, values in self._average.items()}
+
+    def _steadied(self, scores: dict) -> dict:
+        """The scores with the advantage of what is on, once the proxy and not the warm-up has put it there."""
+        if self.config.hysteresis == 0 or not self.history or self.history[-1]["warmup"]:
+            return scores
+
+        def lifted(score: float, on: bool) -> float:
+            return score + self.config.hysteresis * abs(score) if on else score
+
+        rows = {name: path.active_rows() for name, path in self._state.paths.items()}
+        return {name: [lifted(*pair) for pair in zip(score, rows[name])] if self._per_rank else lifted(score, any(rows[name]))
+                for name, score in scores.items()}
+
+    def _count_coverage(self) -> None:
+        """Count what is on, and see whether the warm-up has covered everything."""
+        news = False
+        for name, counts in self._times_on.items():
+            rows = self._state.paths[name].active_rows()
+            for i, on in enumerate(rows if self._per_rank else (any(rows),)):
+                news = news or (on and counts[i] == 0)
+                counts[i] += on
+        # A pool whose budget rounds to nothing is never covered: a round that brings nothing new is the last one.
+        self._covered = self._covered or not news or min(map(min, self._times_on.values())) > 0
 
     def _decision(self, scores: Mapping[str, float]) -> dict[str, Tensor]:
         """The allocator's answer as masks, checked before anything is switched."""
@@ -389,17 +470,21 @@ class RankSearch:
         parts = distributed.broadcast_(flat).bool().split([self._state.paths[name].r for name in self.paths])
         return dict(zip(self.paths, parts))
 
-    def _record(self, warming: bool, made: dict, scores: dict, before: dict, ranks: dict) -> None:
+    def _record(self, warming: bool, made: dict, scores: dict, before: dict[str, tuple[bool, ...]]) -> None:
         paths = self._state.paths
-        on = [name for name, rank in ranks.items() if rank]
-        fresh = [name for name in on if not before[name]]
+        rows = {name: path.active_rows() for name, path in paths.items()}
+        # What is counted: paths, or rows where rows are ranked.
+        units = {name: rows[name] if self._per_rank else (any(rows[name]),) for name in paths}
+        was = {name: before[name] if self._per_rank else (any(before[name]),) for name in paths}
+        on = [(name, i) for name in paths for i, active in enumerate(units[name]) if active]
+        fresh = [(name, i) for name, i in on if not was[name][i]]
         self.history.append({
             "step": self._steps, "warmup": warming, "proxy": "constant" if warming else self._proxy.name, **made,
-            "scores": None if warming else scores, "ranks": ranks,
-            "threshold": None if warming else min(scores[name] for name in on),
-            # Share of the paths now on that were off before; at the first allocation everything was on.
+            "scores": None if warming else scores, "ranks": self.ranks,
+            "threshold": None if warming else min(scores[name][i] if self._per_rank else scores[name] for name, i in on),
+            # Share of what is now on that was off before; at the first allocation everything was on.
             "churn": len(fresh) / len(on),
-            "active_parameters": sum(paths[name].num_parameters * rank // paths[name].r for name, rank in ranks.items()),
+            "active_parameters": sum(paths[name].num_parameters // paths[name].r * sum(mask) for name, mask in rows.items()),
         })
 
     def _warn(self, key: str, message: str) -> None:
@@ -417,7 +502,7 @@ class RankSearch:
                        "they are ranked at random among themselves and last. Train them first (warmup), or use grad_norm")
 
     def _warn_about_ties(self, scores: Mapping[str, float]) -> None:
-        values = {scores[name] for name in self._eligible()}
+        values = {value for name in self._eligible() for value in (scores[name] if self._per_rank else [scores[name]])}
         if len(values) == 1 and self._proxy.needs_data and len(self._eligible()) > 1:
             self._warn("ties", f"all {len(self._eligible())} scores of proxy {self._proxy.name!r} are equal ({values.pop()}): "
                                "the ranks were drawn at random")

@@ -488,4 +488,4 @@ def test_state_of_another_model_is_refused(other):
 def test_state_of_another_version_is_refused():
     search = build()[2]
     with pytest.raises(ValueError, match="version"):
-        search.load_state_dict({**search.state_dict(), "version": 2})
+        search.load_state_dict({**search.state_dict(), "version": 1})
