@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers_search import adapter, llama_batch, make_net, net_batch, path_names, plain_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from heterolora_kernels import proxies
+import heterolora_kernels as hlk
+from heterolora_kernels import allocation, proxies
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,17 +34,43 @@ def test_readme_example_trains_and_merges(capsys):
     assert type(model.model.layers[0].self_attn.q_proj) is torch.nn.Linear
 
 
-def test_proxies_page_example_registers():
-    (block,) = _blocks("docs/proxies.md")
-    try:
+@pytest.fixture
+def registries(monkeypatch):
+    """Proxies and allocators as they were after the test."""
+    monkeypatch.setattr(proxies, "_proxies", dict(proxies._proxies))
+    monkeypatch.setattr(allocation, "_allocators", dict(allocation._allocators))
+
+
+def test_extending_page_examples_work_in_a_search(registries):
+    for block in _blocks("docs/extending.md"):
         exec(block, {})
-        formula = proxies.get_proxy("b_only").formula
-        assert formula({"grad_B_sq": torch.tensor(9.0)}) == 3.0
-    finally:
-        proxies._proxies.pop("b_only", None)
+    assert proxies.get_proxy("b_only").formula({"grad_B_sq": torch.tensor(9.0)}) == 3.0
+    search = hlk.RankSearch(make_net(proxy="weight_norm", ranks="graded"), dataloader=[net_batch(0)])
+    whole, rows = search.score(), search.score(per_rank=True)
+    for name, score in whole.items():
+        a, b = (getattr(adapter(search._model, name), part).detach() for part in ("lora_A", "lora_B"))
+        expected = [4.0 * float(a[j].norm() * b[:, j].norm()) for j in range(4)]
+        assert rows[name] == pytest.approx(expected, rel=1e-5)
+        assert score == pytest.approx(torch.tensor(expected).norm().item(), rel=1e-5)
+    ranks = hlk.allocate({"a.q": 1.0, "b.q": 2.0, "a.v": 0.0}, dict.fromkeys(("a.q", "b.q", "a.v"), 1), 1, ranks="one_per_type",
+                         kinds=dict.fromkeys(("a.q", "b.q", "a.v"), "lora"), max_ranks=dict.fromkeys(("a.q", "b.q", "a.v"), 8),
+                         generator=torch.Generator())
+    assert ranks == {"a.q": 0, "b.q": 8, "a.v": 8}
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/proxies.md", "docs/results.md", "docs/decisions.md"])
+def test_paper_page_examples_choose_a_quarter_and_train_from_fresh_weights():
+    first, second = _blocks("docs/paper.md")
+    namespace = {}
+    exec(first, namespace)
+    assert namespace["config"].shortcuts and namespace["config"].target_modules == ("query", "value")
+    model = plain_llama()
+    namespace = {"model": model, "loader": [llama_batch(0), llama_batch(1)]}
+    exec(second, namespace)
+    assert sum(rank > 0 for rank in namespace["search"].ranks.values()) == 14 // 4
+    assert not any(bool(adapter(model, name).lora_B.any()) for name in path_names(model))
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))])
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text()):
         if not target.startswith("http"):
