@@ -19,6 +19,7 @@ from heterolora_kernels.patching import (
     reset_adapters,
 )
 from heterolora_kernels.proxies import available_proxies, register_proxy
+from heterolora_kernels.save_and_load import load_adapter, load_search_state, save_adapter
 from heterolora_kernels.search import RankSearch
 
 __all__ = [
@@ -32,6 +33,8 @@ __all__ = [
     "available_proxies",
     "collect_statistics",
     "disable_adapter",
+    "load_adapter",
+    "load_search_state",
     "lora_linear",
     "merge_heterolora",
     "print_trainable_parameters",
@@ -39,6 +42,7 @@ __all__ = [
     "register_proxy",
     "remove_heterolora",
     "reset_adapters",
+    "save_adapter",
     "unavailable_backends",
     "use_backend",
 ]

@@ -29,6 +29,7 @@ from heterolora_kernels.layers import (
     make_adapter,
 )
 from heterolora_kernels.ops.ledger import Collector, Ledger
+from heterolora_kernels.peft_format import ADAPTER_NAMES, read_peft
 from heterolora_kernels.planning import (
     PlannedLayer,
     PlannedPath,
@@ -44,7 +45,6 @@ from heterolora_kernels.planning import (
 from heterolora_kernels.sites import SHORTCUTS, Carrier, LayerState, PatchedLayer, PatchedStack
 
 _STATE = "_heterolora_state"
-_ADAPTER_NAMES = ("lora_A", "lora_B", "lora_mask")
 
 
 @dataclass
@@ -220,15 +220,15 @@ class _Patcher:
     def _freeze(self) -> None:
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             owner, _, leaf = name.rpartition(".")
-            if leaf not in _ADAPTER_NAMES:
+            if leaf not in ADAPTER_NAMES:
                 parameter.requires_grad_(is_below(owner, self.config.heads) and parameter.is_floating_point())
 
 
 def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
     """Patch the linears of a model in place, freeze everything but adapters and heads, and return the model.
 
-    Right after it, the model computes what it computed before (with ``init_B="zeros"``). Parameters keep their identity and
-    the base's keys of the state dict their names. Every path is on at full rank.
+    Right after it, the model computes what it computed before (with ``init_B="zeros"``), or what the adapter of ``init_from``
+    makes of it. Parameters keep their identity and the base's keys of the state dict their names. Every path is on at full rank.
 
     Args:
         model: any module; shortcuts need a layer class of the site table or of ``config.sites``.
@@ -251,6 +251,9 @@ def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
     if config.adapter_dtype == torch.float64 and any(p.dtype != torch.float64 for p in model.parameters()
                                                      if p.is_floating_point()):
         raise ValueError("adapter_dtype float64 needs a float64 model")
+    adapter = None if config.init_from is None else read_peft(config.init_from)
+    if adapter is not None:
+        config = adapter.adopted_by(model, config)
     targets = find_targets(model, config) if len(config.target_modules) > 0 else {}
     check_heads(model, config)
     lora = plan_lora(targets, config)
@@ -263,7 +266,7 @@ def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
     modules = dict(model.named_modules())
     for name in {plan.name for plan in lora} | {base for _, _, base in shortcuts}:
         check_swappable(name, modules[name])
-        taken = [attribute for attribute in _ADAPTER_NAMES if hasattr(modules[name], attribute)]
+        taken = [attribute for attribute in ADAPTER_NAMES if hasattr(modules[name], attribute)]
         if taken:
             raise ValueError(f"module {name!r} already has {taken}: is it an adapter of another library?")
     for layer in layers:
@@ -280,6 +283,8 @@ def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
         # Now and not at the first forward, which may be one that torch.compile traces.
         for module in state.linears:
             module._heterolora.refresh()
+        if adapter is not None:
+            adapter.copy_into(model, state.paths)
     except BaseException:
         remove_heterolora(model)
         raise
@@ -302,7 +307,7 @@ def remove_heterolora(model: nn.Module) -> nn.Module:
             layer, _, site = path.name.rpartition(".")
             model.get_submodule(layer)._modules.pop(site, None)
     for module in (*state.linears, *state.layers, *state.stacks):
-        for name in _ADAPTER_NAMES:
+        for name in ADAPTER_NAMES:
             module._parameters.pop(name, None)
             module._buffers.pop(name, None)
         module.__dict__.pop("_heterolora", None)
@@ -331,6 +336,18 @@ def merge_heterolora(model: nn.Module, drop_shortcuts: bool = False) -> nn.Modul
         ValueError: shortcuts are active, a weight is shared with another module, or a merged weight would not be finite.
             The model is then as it was.
     """
+    for path in check_mergeable(model, drop_shortcuts):
+        with torch.no_grad():
+            path.holder.weight.copy_(merged_weight(path))
+    return remove_heterolora(model)
+
+
+def check_mergeable(model: nn.Module, drop_shortcuts: bool = False) -> list[Path]:
+    """The active LoRA paths, after the checks of :func:`merge_heterolora`.
+
+    Raises:
+        ValueError: as there.
+    """
     model = unwrap(model)
     state = state_of(model)
     active = [path.name for path in state.paths.values() if path.site is not None and any(path.active_rows())]
@@ -346,16 +363,14 @@ def merge_heterolora(model: nn.Module, drop_shortcuts: bool = False) -> nn.Modul
         names = owners[id(path.holder.weight)]
         if len(names) > 1:
             raise ValueError(f"the weight of {path.name!r} is shared ({names}): merging would change all of them")
-        if not bool(torch.isfinite(_merged_weight(path)).all()):
+        if not bool(torch.isfinite(merged_weight(path)).all()):
             raise ValueError(f"the merged weight of {path.name!r} is not finite")
-    for path in lora:
-        with torch.no_grad():
-            path.holder.weight.copy_(_merged_weight(path))
-    return remove_heterolora(model)
+    return lora
 
 
 @torch.no_grad()
-def _merged_weight(path: Path) -> Tensor:
+def merged_weight(path: Path) -> Tensor:
+    """``W + s B A`` over the active rows of a LoRA path, in W's dtype and layout."""
     weight = path.holder.weight
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     delta = path.scaling * (path.lora_B.to(dtype)[:, path.mask] @ path.lora_A.to(dtype)[path.mask])

@@ -156,7 +156,8 @@ def probe_loader(dataloader: Iterable) -> Iterable:
     if type(batches) is not BatchSampler:
         return DataLoader(dataloader.dataset, batch_sampler=batches, **common)
     sampler = batches.sampler
-    if type(sampler) is RandomSampler:
+    # accelerate's own shuffles too, and counts its epochs: who reads it to its end changes the order of the training.
+    if type(sampler) is RandomSampler or type(sampler).__name__ == "SeedableRandomSampler":
         sampler = None
     elif type(sampler) is DistributedSampler and sampler.shuffle:
         sampler = DistributedSampler(dataloader.dataset, sampler.num_replicas, sampler.rank, shuffle=False,

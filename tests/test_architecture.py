@@ -11,14 +11,14 @@ PACKAGE = Path(__file__).resolve().parent.parent / "heterolora_kernels"
 
 ROWS = [
     ["_env", "_version"],
-    ["ops.ledger", "ops.rng", "ops.schema", "ops.autograd", "config", "names"],
+    ["ops.ledger", "ops.rng", "ops.schema", "ops.autograd", "config", "names", "files"],
     ["backends", "backends.reference"],
     ["functional"],
     ["instances", "grouping", "sites", "layers", "proxies", "allocation"],
     ["freezing", "distributed", "planning", "peft_format", "patching"],
     ["history", "plotting", "scoring", "synflow", "alpha_test", "search", "save_and_load"],
     ["callback"],
-    ["cli.options", "cli.data", "cli.run_folder", "cli.demo", "cli.train", "cli.search", "cli.plot", "cli.info", "cli.export",
+    ["cli.options", "cli.data", "cli.plot", "cli.run_folder", "cli.demo", "cli.train", "cli.search", "cli.info", "cli.export",
      "cli", "", "__main__"],
 ]
 PLACE = {name: (level, column) for level, row in enumerate(ROWS) for column, name in enumerate(row)}

@@ -12,6 +12,10 @@ from heterolora_kernels._version import __version__
 #: ``{command: what it does}``; the file of the same name is imported when the command is used.
 COMMANDS = {
     "demo": "fine-tune a small real encoder on real sentence pairs, its ranks chosen while it trains",
+    "train": "fine-tune any model on any data, its ranks chosen while it trains",
+    "search": "choose ranks once, as a rank pattern that PEFT reads",
+    "plot": "draw what a run did",
+    "export": "write an adapter for PEFT, vLLM, or merged into the model",
 }
 
 

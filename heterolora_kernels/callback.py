@@ -1,0 +1,248 @@
+"""HeteroLoraCallback: a rank search under the Trainer of transformers.
+
+The logic is the model's and :class:`~heterolora_kernels.search.RankSearch`'s. What is here: when the Trainer starts, steps, logs
+and resumes, and what its checkpoints hold.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
+
+from heterolora_kernels.files import decode, encode
+from heterolora_kernels.patching import count_parameters, state_of, unwrap
+from heterolora_kernels.peft_format import ADAPTER_NAMES
+from heterolora_kernels.planning import is_below
+from heterolora_kernels.save_and_load import NATIVE_NAME, write_native
+from heterolora_kernels.scoring import LossFunction, Metric
+from heterolora_kernels.search import RankSearch
+
+#: What the Trainer looks for in a checkpoint.
+_WEIGHTS_NAME = "model.safetensors"
+_SIDE = "_heterolora_trainer"
+
+
+class HeteroLoraCallback(TrainerCallback, ExportableState):
+    """Chooses the ranks of a patched model while the Trainer trains it.
+
+    ``Trainer(model=apply_heterolora(model, config), callbacks=[HeteroLoraCallback()], ...)`` does what a plain loop does that
+    calls ``search.start()`` before training and ``search.step()`` after every optimizer step, bit for bit. The search's state
+    is in the Trainer's checkpoints, and a resumed run chooses as the unbroken one would.
+
+    Active parameters, paths that are on, reallocations, churn and threshold join the Trainer's training logs as
+    ``heterolora/...``. The Trainer calls its reporting callbacks (TensorBoard, W&B, ...) before those of users: for them to see
+    these numbers, call ``callback.attach(trainer)``.
+
+    Args:
+        loss_fn, metric, eval_batches, greater_is_better, tolerance: as in :class:`~heterolora_kernels.search.RankSearch`. A
+            Trainer with a loss of its own (``compute_loss_func``, label smoothing) needs the same one here for
+            ``score="probe"``.
+        dataloader: batches for ``score="probe"``; default: the head of the Trainer's training set, unshuffled, in its batches.
+        adapter_only: checkpoints, ``trainer.save_model()`` and ``model.save_pretrained()`` write the adapter in the native
+            format, which :func:`~heterolora_kernels.load_adapter` reads too, and not the base. False leaves the Trainer alone.
+            Under FSDP and DeepSpeed, which write checkpoints of their own kind, it is without effect.
+
+    Attributes:
+        search: the :class:`~heterolora_kernels.search.RankSearch`; None before training.
+
+    Raises:
+        ValueError: when the Trainer is built, of a model that is not patched; when training begins, of a checkpoint without
+            the state of a search.
+    """
+
+    def __init__(self, loss_fn: LossFunction | None = None, metric: Metric | str | None = None,
+                 eval_batches: Iterable | None = None, greater_is_better: bool | None = None, tolerance: float = 0.01,
+                 dataloader: Iterable | None = None, adapter_only: bool = True):
+        self.search: RankSearch | None = None
+        self.adapter_only = adapter_only
+        self._measures = {"loss_fn": loss_fn, "metric": metric, "eval_batches": eval_batches,
+                          "greater_is_better": greater_is_better, "tolerance": tolerance}
+        self._dataloader = dataloader
+        self._is_restored = False
+
+    def attach(self, trainer: Trainer) -> HeteroLoraCallback:
+        """Become the first callback of a Trainer, before those that report logs; returns the callback."""
+        callbacks = trainer.callback_handler.callbacks
+        callbacks[:] = [self, *(callback for callback in callbacks if callback is not self)]
+        self._enter(trainer.model, trainer.args)
+        return self
+
+    def state(self) -> dict:
+        """What the Trainer writes into ``trainer_state.json``."""
+        # One string: the Trainer sorts keys and gives every number a line of its own.
+        search = None if self.search is None else json.dumps(encode(self.search.state_dict()))
+        return {"args": {}, "attributes": {"_is_restored": True}, "search": search}
+
+    # ---- events ----
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs) -> None:
+        self._enter(model, args)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, optimizer=None,
+                       train_dataloader=None, **kwargs) -> None:
+        if self._is_restored:
+            self._become_original(model)
+        self._enter(model, args)
+        data = self._dataloader if self._dataloader is not None else _unshuffled(train_dataloader, args, state)
+        self.search = RankSearch(model, optimizer, data, _steps_per_epoch(train_dataloader, args, state),
+                                 getattr(optimizer, "scaler", None), **self._measures)
+        if state.global_step > 0:
+            self._resume(state)
+        else:
+            self.search.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self.search.step()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs) -> None:
+        # The logs of an evaluation and of the whole run stay what they are.
+        if self.search is None or not logs or "loss" not in logs:
+            return
+        scalars = self._scalars()
+        logs.update(scalars)
+        # The Trainer entered a copy of the logs before it called.
+        if state.log_history:
+            state.log_history[-1].update(scalars)
+
+    # ---- inside ----
+
+    def _enter(self, model: nn.Module, args: TrainingArguments) -> None:
+        """Check the model and put the overrides in place; a second call finds them there."""
+        try:
+            patched, state = unwrap(model), state_of(model)
+        except ValueError as error:
+            raise ValueError("model is not patched: call apply_heterolora(model, config) before building the Trainer") from error
+        if args.n_gpu > 1:
+            raise ValueError(f"the Trainer would use nn.DataParallel on {args.n_gpu} GPUs, which shares what a forward captures "
+                             "among threads: launch with torchrun or accelerate, or show it one GPU (CUDA_VISIBLE_DEVICES=0)")
+        side = _TrainerSide(patched, self)
+        overrides: dict[str, object] = {_SIDE: side}
+        if self.adapter_only and hasattr(type(patched), "save_pretrained") and not args.fsdp and not args.deepspeed:
+            overrides.update(save_pretrained=side.save_pretrained, load_state_dict=side.load_state_dict)
+        patched.__dict__.update(overrides)
+        state.overrides.extend(name for name in overrides if name not in state.overrides)
+
+    def _become_original(self, model: nn.Module) -> None:
+        """``restore_callback_states_from_checkpoint`` puts a new object in the place of the user's: the two become one."""
+        side = unwrap(model).__dict__.get(_SIDE)
+        if side is None or side.callback is None:
+            raise ValueError("restore_callback_states_from_checkpoint needs a HeteroLoraCallback in Trainer(callbacks=[...]), or an "
+                             "attached one; the search is resumed without it too")
+        self.__dict__ = side.callback.__dict__
+
+    def _resume(self, state: TrainerState) -> None:
+        name = type(self).__name__
+        saved = state.stateful_callbacks.get(name)
+        saved = saved[-1] if isinstance(saved, list) else saved
+        if not isinstance(saved, Mapping) or not isinstance(saved.get("search"), str):
+            raise ValueError(f"resume_from_checkpoint: trainer_state.json has no state of a search under {name!r}: the "
+                             "checkpoint was written without this callback")
+        where = f"trainer_state.json: the search of {name}"
+        try:
+            content = json.loads(saved["search"])
+        except ValueError as error:
+            raise ValueError(f"{where} is no valid JSON: {error}") from error
+        self.search.load_state_dict(decode(content, where))
+
+    def _scalars(self) -> dict[str, float]:
+        search = self.search
+        values = {"active_parameters": count_parameters(search._model)["active"], "reallocations": len(search.history),
+                  "paths_on": sum(rank > 0 for rank in search.ranks.values())}
+        if search.history:
+            values.update({name: search.history[-1][name] for name in ("churn", "threshold")})
+        # A warm-up has no threshold.
+        return {f"heterolora/{name}": value for name, value in values.items() if value is not None}
+
+
+class _TrainerSide:
+    """What a model has in its ``__dict__`` under the Trainer: two methods in the places of its own.
+
+    Copies of the model, pickled ones too, have them for themselves, without the callback.
+    """
+
+    def __init__(self, model: nn.Module, callback: HeteroLoraCallback):
+        self._model = model
+        self.callback: HeteroLoraCallback | None = callback
+
+    def __getstate__(self) -> dict:
+        return {"_model": self._model}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, callback=None)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, state_dict: Mapping | None = None,
+                        **kwargs) -> None:
+        """Write the adapter in the native format, its weights as ``model.safetensors``, into a folder; other files stay.
+
+        No ``config.json`` is written: with one, ``from_pretrained`` would take the folder for a whole model and draw the base's
+        weights at random.
+        """
+        if kwargs.get("push_to_hub"):
+            raise ValueError("push_to_hub: the folder holds an adapter; push it with trainer.push_to_hub(), or upload it")
+        if state_dict is not None and not any(name.rpartition(".")[2] in ADAPTER_NAMES for name in state_dict):
+            # Somebody saves other weights than the patched model's, merged ones say.
+            type(self._model).save_pretrained(self._model, save_directory, is_main_process=is_main_process,
+                                              state_dict=state_dict, **kwargs)
+            return
+        if not is_main_process:
+            return
+        search = None if self.callback is None else self.callback.search
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        # Not the folder as a whole: it may be the working directory, or hold all checkpoints.
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as folder:
+            write_native(self._model, folder, search=search, weights_name=_WEIGHTS_NAME)
+            # The record last: it names the checksum of its weights.
+            for name in (_WEIGHTS_NAME, NATIVE_NAME):
+                os.replace(os.path.join(folder, name), directory / name)
+
+    def load_state_dict(self, state_dict: Mapping, *args, **kwargs):
+        """The model's own; weights of the base that an adapter leaves out are not reported as missing."""
+        result = type(self._model).load_state_dict(self._model, state_dict, *args, **kwargs)
+        if all(self._is_own(name) for name in state_dict):
+            # The Trainer would list every weight of the base in a warning.
+            result.missing_keys[:] = [name for name in result.missing_keys if self._is_own(name)]
+        return result
+
+    def _is_own(self, name: str) -> bool:
+        owner, _, leaf = name.rpartition(".")
+        return leaf in ADAPTER_NAMES or is_below(owner, state_of(self._model).config.heads)
+
+
+def _steps_per_epoch(dataloader: Iterable, args: TrainingArguments, state: TrainerState) -> int:
+    """Optimizer steps of an epoch, as the Trainer counts them."""
+    try:
+        batches = len(dataloader)
+    except TypeError:
+        # A stream: to the Trainer all its steps are one epoch.
+        return state.max_steps
+    return max(-(-batches // args.gradient_accumulation_steps), 1)
+
+
+def _unshuffled(dataloader: Iterable, args: TrainingArguments, state: TrainerState) -> Iterable:
+    """The head of the training set in a fixed order, in the Trainer's batches, each process its part.
+
+    accelerate's loaders and samplers count epochs as they are read, so they are not read here.
+    """
+    dataloader = getattr(dataloader, "base_dataloader", dataloader)
+    batches = getattr(dataloader, "batch_sampler", None)
+    # accelerate shards the batches among processes in a sampler around the sampler.
+    batches = getattr(batches, "batch_sampler", batches)
+    if (not isinstance(dataloader, DataLoader) or isinstance(dataloader.dataset, IterableDataset)
+            or type(batches) is not BatchSampler or not (isinstance(batches.sampler, RandomSampler) or args.world_size > 1)):
+        return dataloader
+    sampler = None
+    if args.world_size > 1:
+        sampler = DistributedSampler(dataloader.dataset, args.world_size, args.process_index, shuffle=False,
+                                     drop_last=batches.drop_last)
+    return DataLoader(dataloader.dataset, batches.batch_size, shuffle=False, sampler=sampler, drop_last=batches.drop_last,
+                      collate_fn=dataloader.collate_fn, generator=torch.Generator())

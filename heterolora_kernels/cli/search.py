@@ -1,0 +1,86 @@
+"""Choose ranks once, without training a model for use: score every path, share the budget out, and write a rank pattern that
+PEFT and `heterolora train --init-ranks` read.
+
+example:
+  heterolora search --model ./encoder --data train.csv --text-columns sentence1,sentence2 --label-column label \\
+      --budget 0.25 --proxy snip --train-steps 100 --output ranks
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from heterolora_kernels.cli import data, options, run_folder
+from heterolora_kernels.patching import apply_heterolora, print_trainable_parameters
+from heterolora_kernels.peft_format import CONFIG_NAME
+from heterolora_kernels.plotting import plot_ranks, rank_map
+from heterolora_kernels.save_and_load import peft_config
+from heterolora_kernels.scoring import default_loss
+from heterolora_kernels.search import RankSearch
+
+_SETTINGS = {"batch_size": ("int", 8, "examples of a batch"),
+             "train_steps": ("int", 0, "optimizer steps with everything on before scoring: most proxies are 0 before the first"),
+             "lr": ("float", 1e-3, "learning rate of those steps")}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's flags."""
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the ranks")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with any of these settings; flags win over it")
+    parser.add_argument("--overwrite", action="store_true", help="replace files in a folder that holds something")
+    data.add_data_arguments(parser)
+    for name, (kind, default, help) in _SETTINGS.items():
+        options.add_flag(parser, name, kind, f"{help} (default {default:g})")
+    options.add_config_arguments(parser)
+
+
+def _train(model: nn.Module, loader: DataLoader, steps: int, lr: float) -> None:
+    from tqdm import tqdm
+
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.01)
+    model.train()
+    batches = (batch for _ in iter(int, 1) for batch in loader)
+    for _, batch in zip(tqdm(range(steps), desc="train with everything on"), batches):
+        default_loss(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command."""
+    settings = options.settings_of(args, {**data.DEFAULTS, **{name: default for name, (_, default, _) in _SETTINGS.items()}})
+    config = dataclasses.replace(options.config_from({**settings, "search": "static"}), score="probe")
+    run_folder.open_folder(args.output, args.overwrite)
+    prepared = data.prepare(settings, config.seed)
+    model = apply_heterolora(prepared.model, config)
+    if torch.cuda.is_available():
+        model.cuda()
+    loader = DataLoader(prepared.train, settings["batch_size"], shuffle=True, collate_fn=prepared.collate,
+                        generator=torch.Generator().manual_seed(config.seed))
+    search = RankSearch(model, dataloader=loader)
+    if settings["train_steps"]:
+        _train(model, loader, settings["train_steps"], settings["lr"])
+    print(f"scoring {len(search.paths)} paths by {config.proxy}")
+    search.start()
+    entry = search.history[0]
+    run_folder.write_settings(args.output, settings)
+    run_folder.write_json_file(args.output / CONFIG_NAME, peft_config(model))
+    run_folder.write_json_file(args.output / "ranks.json", entry["ranks"])
+    run_folder.write_json_file(args.output / "scores.json", entry["scores"])
+    print(rank_map(search.ranks))
+    print_trainable_parameters(model)
+    shortcuts = [name for name, rank in search.ranks.items() if rank and name.rpartition(".")[2] in config.shortcuts]
+    if shortcuts:
+        print(f"{len(shortcuts)} of the chosen paths are shortcuts, which {CONFIG_NAME} cannot say; ranks.json has them")
+    try:
+        plot_ranks(search.ranks, {name: path.r for name, path in search._state.paths.items()}, args.output / "ranks.png")
+    except ImportError as error:
+        print(f"no picture: {error}")
+    print(f"{args.output / CONFIG_NAME}: peft.LoraConfig.from_pretrained({str(args.output)!r}) reads it")
+    return 0

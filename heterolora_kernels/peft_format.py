@@ -1,0 +1,437 @@
+"""PEFT's LoRA adapters: what their two files say, and how the LoRA paths of a patched model are said in them.
+
+PEFT itself is not imported. Which modules an adapter has is read from its tensors, never from ``target_modules``. Shortcuts have
+no place in the format.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+
+import torch
+from torch import Tensor, nn
+
+from heterolora_kernels.config import HeteroLoraConfig
+from heterolora_kernels.files import field_of, find_folder, read_json, read_tensors
+from heterolora_kernels.layers import Path
+from heterolora_kernels.planning import is_below, is_conv1d
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+#: Leaves of the names of a path's tensors.
+ADAPTER_NAMES = ("lora_A", "lora_B", "lora_mask")
+
+_PREFIX = "base_model.model."
+#: Fields that do not change what an adapter computes; ``*_config`` of ways to draw the first weights among them.
+_SILENT = frozenset((
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules", "fan_in_fan_out",
+    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_ga_config", "megatron_core", "peft_version",
+    "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type"))
+_READ = frozenset((
+    "alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "r",
+    "rank_pattern", "use_rslora"))
+#: Ways to draw the first weights that leave the base as it is (the others, PiSSA's say, subtract the adapter from it).
+_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+#: Heads that PEFT saves and expects with these tasks, named or not.
+_TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+_TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS",
+          "ForTokenClassification": "TOKEN_CLS", "ForQuestionAnswering": "QUESTION_ANS"}
+
+
+@dataclass(frozen=True)
+class PeftModule:
+    """One adapted module: lora_A [r, K], lora_B [N, r]; ``alpha`` as the file has it."""
+
+    r: int
+    alpha: float
+    scaling: float
+    lora_A: Tensor
+    lora_B: Tensor
+
+
+@dataclass(frozen=True)
+class PeftAdapter:
+    """An adapter as PEFT saved it.
+
+    Attributes:
+        weights: its file of tensors, for errors.
+        modules: by name.
+        heads: tensors of ``modules_to_save``, by their names in the model's state dict.
+        head_modules: names of the modules that these belong to.
+        others: tensors that are neither, by name.
+        config: ``adapter_config.json``, checked.
+    """
+
+    weights: FilePath
+    modules: dict[str, PeftModule]
+    heads: dict[str, Tensor]
+    head_modules: tuple[str, ...]
+    others: dict[str, Tensor]
+    config: dict
+
+    @property
+    def dropout(self) -> float:
+        return self.config.get("lora_dropout") or 0.0
+
+    @property
+    def is_rslora(self) -> bool:
+        return bool(self.config.get("use_rslora"))
+
+    def adopted_by(self, model: nn.Module, config: HeteroLoraConfig) -> HeteroLoraConfig:
+        """``config`` with this adapter's modules, ranks, scalings and heads; they must all be in ``model``, not patched yet.
+
+        Raises:
+            ValueError: names the tensors that fit nowhere.
+        """
+        modules = dict(model.named_modules())
+        lost = [name for name in self.modules if name not in modules]
+        if lost:
+            raise ValueError(f"{self.weights} has tensors of {len(lost)} modules that the model does not have: "
+                             f"{', '.join(f'{name}.lora_A' for name in lost[:3])}{', ...' if len(lost) > 3 else ''}")
+        self.check_others(model)
+        names = tuple(dict.fromkeys(name.rpartition(".")[2] for name in self.head_modules))
+        self._check_heads(model, names)
+        heads = config.modules_to_save
+        if names:
+            heads = tuple(dict.fromkeys((*(heads or ()), *names)))
+
+        def alpha(module: PeftModule) -> float:
+            if config.use_rslora == self.is_rslora:
+                return module.alpha
+            return module.scaling * (math.sqrt(module.r) if config.use_rslora else module.r)
+
+        return dataclasses.replace(
+            config, init_from=None, target_modules=exact_targets(self.modules, modules), exclude_modules=(),
+            rank_pattern=exact_pattern({name: module.r for name, module in self.modules.items()}, config.r),
+            alpha_pattern=exact_pattern({name: alpha(module) for name, module in self.modules.items()}, config.lora_alpha),
+            modules_to_save=heads)
+
+    def check_others(self, model: nn.Module) -> None:
+        """Base weights that PEFT saved beside the adapter may only repeat the model's."""
+        tensors = model.state_dict()
+        for name, tensor in self.others.items():
+            own = tensors.get(name.replace(".base_layer.", "."))
+            if own is None or own.shape != tensor.shape or not torch.equal(own.to(tensor), tensor):
+                raise ValueError(f"{self.weights}: tensor {name!r} is neither LoRA nor of modules_to_save, and "
+                                 f"{'the model has none of that name' if own is None else 'the model has other values there'}")
+
+    def _check_heads(self, model: nn.Module, names: Sequence[str]) -> None:
+        own = own_tensors(model)
+        below = {name for name in own if is_below(name.rpartition(".")[0], names)}
+        odd = sorted(below ^ set(self.heads))
+        if odd:
+            raise ValueError(f"{self.weights}: tensors of modules_to_save do not fit the model: {odd[0]!r} is "
+                             f"{'missing' if odd[0] in below else 'not in the model'}, {len(odd)} are in all")
+        for name, tensor in self.heads.items():
+            if own[name].shape != tensor.shape:
+                raise ValueError(f"{self.weights}: tensor {name!r} has shape {list(tensor.shape)}, and the model takes "
+                                 f"{list(own[name].shape)}")
+        check_unshared(model, self.heads)
+
+    def copy_into(self, model: nn.Module, paths: Mapping[str, Path]) -> None:
+        """Write the weights into the paths of the model, patched with :meth:`adopted_by`'s config, and into its heads.
+
+        Raises:
+            ValueError: names a tensor whose shape does not fit. Nothing is written then.
+        """
+        own = own_tensors(model)
+        pairs = [(own[name], tensor) for name, tensor in self.heads.items()]
+        for name, module in self.modules.items():
+            for leaf in ("lora_A", "lora_B"):
+                target, tensor = getattr(paths[name], leaf), getattr(module, leaf)
+                if target.shape != tensor.shape:
+                    raise ValueError(f"{self.weights}: tensor '{name}.{leaf}' has shape {list(tensor.shape)}, and the model "
+                                     f"takes {list(target.shape)}")
+                pairs.append((target, tensor))
+        with restored_on_failure(target for target, _ in pairs), torch.no_grad():
+            for target, tensor in pairs:
+                target.copy_(tensor)
+
+
+@contextmanager
+def restored_on_failure(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Give the tensors the values back that they had, if the block fails."""
+    before = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for tensor, values in before:
+                tensor.copy_(values)
+        raise
+
+
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without the adapters' entries."""
+    return {name: value for name, value in model.state_dict().items()
+            if isinstance(value, Tensor) and name.rpartition(".")[2] not in ADAPTER_NAMES}
+
+
+def check_unshared(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse parameters that are also parameters of other names: writing one would change both.
+
+    Raises:
+        ValueError: names both.
+    """
+    names = set(names)
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for shared in owners.values():
+        inside = [name for name in shared if name in names]
+        if inside and len(inside) < len(shared):
+            outside = next(name for name in shared if name not in names)
+            raise ValueError(f"modules_to_save: {inside[0]!r} is the same parameter as {outside!r}, which is not among them")
+
+
+# ---- reading ----
+
+
+def read_peft(directory: str | os.PathLike) -> PeftAdapter:
+    """Read and check an adapter.
+
+    Raises:
+        FileNotFoundError, ValueError: name the file and the field or tensor.
+    """
+    folder = find_folder(directory)
+    config = _read_config(folder / CONFIG_NAME)
+    weights = folder / WEIGHTS_NAME
+    if not weights.exists() and (folder / "adapter_model.bin").exists():
+        raise ValueError(f"{folder / 'adapter_model.bin'} is a pickle, which is never read: save the adapter as safetensors")
+    factors: dict[str, dict[str, Tensor]] = {}
+    rest: dict[str, Tensor] = {}
+    for key, tensor in read_tensors(weights).items():
+        name = key.removeprefix(_PREFIX)
+        match = re.fullmatch(r"(.+)\.(lora_[AB])\.weight", name)
+        if match:
+            factors.setdefault(match[1], {})[match[2]] = tensor
+        else:
+            rest[name] = tensor
+    if not factors:
+        raise ValueError(f"{weights} has no tensor called '{_PREFIX}<module>.lora_A.weight': it is no LoRA adapter")
+    modules = {name: _module(name, pair, config, weights) for name, pair in factors.items()}
+    heads, head_modules = {}, {}
+    for name in list(rest):
+        owner = _head_of(name, config.get("modules_to_save") or ())
+        if owner is not None:
+            heads[name], head_modules[owner] = rest.pop(name), None
+    return PeftAdapter(weights, modules, heads, tuple(head_modules), rest, config)
+
+
+def _read_config(file: FilePath) -> dict:
+    config = read_json(file)
+    if field_of(config, "peft_type", str, file) != "LORA":
+        raise ValueError(f"{file}: field 'peft_type' is {config['peft_type']!r}, and only LORA can be loaded")
+    for name, value in config.items():
+        if value and name not in _SILENT and name not in _READ:
+            raise ValueError(f"{file}: field {name!r} is {value!r}, and what it stands for is not computed here")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"{file}: field 'bias' is {config['bias']!r}, and only 'none' can be loaded: biases stay as they are")
+    if config.get("init_lora_weights", True) not in _INITS:
+        raise ValueError(f"{file}: field 'init_lora_weights' is {config['init_lora_weights']!r}, for which PEFT changes the "
+                         "base's weights when it loads; save the adapter converted to plain LoRA")
+    optional = type(None)
+    for name, kinds in (("r", int), ("lora_alpha", (int, float)), ("lora_dropout", (int, float, optional)),
+                        ("use_rslora", (bool, optional)), ("rank_pattern", (dict, optional)), ("alpha_pattern", (dict, optional)),
+                        ("modules_to_save", (list, optional))):
+        if name in config or name in ("r", "lora_alpha"):
+            field_of(config, name, kinds, file)
+    if not 0 <= (config.get("lora_dropout") or 0.0) < 1:
+        raise ValueError(f"{file}: field 'lora_dropout' must be in [0, 1), got {config['lora_dropout']!r}")
+    if not all(isinstance(name, str) and name for name in config.get("modules_to_save") or ()):
+        raise ValueError(f"{file}: field 'modules_to_save' must hold names, got {config['modules_to_save']!r}")
+    for name, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        for key, value in ((None, config[default]), *(config.get(name) or {}).items()):
+            _check_size(f"{file}: field {default!r}" if key is None else f"{file}: field {name!r}: the value of {key!r}", value,
+                        is_rank=default == "r")
+            try:
+                re.compile(key or "")
+            except re.error as error:
+                raise ValueError(f"{file}: field {name!r}: {key!r} is no regular expression: {error}") from error
+    return config
+
+
+def _check_size(where: str, value: object, is_rank: bool) -> None:
+    is_number = isinstance(value, int if is_rank else (int, float)) and not isinstance(value, bool)
+    if not is_number or not (1 if is_rank else 0) <= value < math.inf or value == 0:
+        raise ValueError(f"{where} must be {'an int >= 1' if is_rank else 'a finite number > 0'}, got {value!r}")
+
+
+def _value_of(name: str, pattern: Mapping[str, float] | None, default: float) -> float:
+    """PEFT's rule: the first key that matches the end of the name as a regular expression, else a key that is the name."""
+    pattern = pattern or {}
+    return pattern.get(next((key for key in pattern if re.match(rf"(.*\.)?({key})$", name)), name), default)
+
+
+def _module(name: str, pair: Mapping[str, Tensor], config: Mapping, weights: FilePath) -> PeftModule:
+    for leaf in ("lora_A", "lora_B"):
+        if leaf not in pair:
+            raise ValueError(f"{weights}: tensor '{name}.{leaf}' is missing")
+        if pair[leaf].dim() != 2 or not pair[leaf].is_floating_point():
+            raise ValueError(f"{weights}: tensor '{name}.{leaf}' must be a floating matrix, got {pair[leaf].dtype} of shape "
+                             f"{list(pair[leaf].shape)}; only linears can be adapted")
+    r = _value_of(name, config.get("rank_pattern"), config["r"])
+    alpha = _value_of(name, config.get("alpha_pattern"), config["lora_alpha"])
+    if pair["lora_A"].shape[0] != r or pair["lora_B"].shape[1] != r:
+        raise ValueError(f"{weights}: {name!r} has lora_A {list(pair['lora_A'].shape)} and lora_B "
+                         f"{list(pair['lora_B'].shape)}, and fields 'r' and 'rank_pattern' give it rank {r}")
+    scaling = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+    return PeftModule(r, alpha, scaling, pair["lora_A"], pair["lora_B"])
+
+
+def _head_of(name: str, heads: Sequence[str]) -> str | None:
+    """The module of ``modules_to_save`` that a tensor belongs to, by PEFT's rule: its name ends in one of them."""
+    parts = name.split(".")
+    owners = (".".join(parts[:i]) for i in range(1, len(parts)))
+    return next((owner for owner in owners if owner.endswith(tuple(heads))), None)
+
+
+# ---- names ----
+
+
+def exact_targets(names: Iterable[str], others: Iterable[str]) -> list[str] | str:
+    """``target_modules`` that select exactly ``names`` out of ``others``.
+
+    An entry of a list also selects what ends in it, such as ``model.score`` for ``score``: then it is one regular expression.
+    """
+    wanted = set(names)
+
+    def is_caught(name: str) -> bool:
+        parts = name.split(".")
+        return any(".".join(parts[i:]) in wanted for i in range(1, len(parts)))
+
+    if any(is_caught(name) for name in others if name not in wanted):
+        return "|".join(map(re.escape, names))
+    return list(names)
+
+
+def exact_pattern(values: Mapping[str, float], default: float) -> dict[str, float]:
+    """``{module: value}`` as a ``rank_pattern`` or ``alpha_pattern``, by which every module gets its own value.
+
+    The first key counts that matches the end of a name, a dot any character. So longer names come first, and among those of
+    one length the one with fewer dots; and modules of the default value are named too where another's key would match them.
+    """
+    keys = {name: name if re.fullmatch(r"[\w.-]+", name) else re.escape(name) for name in values}
+    odd = "|".join(keys[name] for name, value in values.items() if value != default)
+    caught = re.compile(rf"(.*\.)?({odd})$") if odd else None
+    ordered = sorted(values, key=lambda name: (-len(name), name.count(".")))
+    return {keys[name]: values[name] for name in ordered if caught is not None and caught.match(name)}
+
+
+# ---- writing ----
+
+
+def task_type(model: nn.Module) -> str | None:
+    """PEFT's name for what a transformers model is for."""
+    config = getattr(model, "config", None)
+    if not hasattr(config, "model_type"):
+        return None
+    if getattr(model, "base_model", None) is model:
+        return "FEATURE_EXTRACTION"
+    if type(model).__name__.endswith("ForConditionalGeneration") and getattr(config, "is_encoder_decoder", False):
+        return "SEQ_2_SEQ_LM"
+    return next((task for suffix, task in _TASKS.items() if type(model).__name__.endswith(suffix)), None)
+
+
+def name_of(model: nn.Module) -> str | None:
+    """Where a transformers model was loaded from."""
+    return getattr(getattr(model, "config", None), "name_or_path", None) or None
+
+
+def heads_to_save(model: nn.Module, config: HeteroLoraConfig, paths: Iterable[Path]) -> list[str]:
+    """Names of the heads that the model has: the config's, and those that PEFT expects with the task unless a path is in them."""
+    expected = [head for head in _task_heads(model) if not any(_is_in(path.name, _heads(model, [head])) for path in paths)]
+    present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    return list(dict.fromkeys((*(head for head in config.heads if head in present), *expected)))
+
+
+def _task_heads(model: nn.Module) -> list[str]:
+    present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    return [head for head in _TASK_HEADS.get(task_type(model), ()) if head in present]
+
+
+def open_paths(paths: Iterable[Path]) -> list[Path]:
+    """LoRA paths of which at least one row is active."""
+    return [path for path in paths if path.site is None and any(path.active_rows())]
+
+
+def describe(model: nn.Module, paths: Sequence[Path], dropout: float, heads: Sequence[str]) -> dict:
+    """``adapter_config.json`` of the active rows of LoRA paths.
+
+    alpha is the scaling times the rank, so that PEFT's ``alpha / r`` is the scaling again.
+
+    Args:
+        heads: names of ``modules_to_save``.
+
+    Raises:
+        ValueError: a path lies in a head.
+    """
+    ranks = {path.name: sum(path.active_rows()) for path in paths}
+    alphas = {path.name: _neat(path.scaling * ranks[path.name]) for path in paths}
+    inside = next((name for name in ranks if _is_in(name, _heads(model, heads))), None)
+    if inside is not None:
+        raise ValueError(f"the path {inside!r} lies in a head of modules_to_save ({list(heads)}), and PEFT adapts a module or "
+                         "saves it; format='native' and 'merged' hold both")
+    r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    return {
+        # With its task PEFT would look for the task's heads.
+        "peft_type": "LORA", "task_type": task_type(model) if set(_task_heads(model)) <= set(heads) else None,
+        "base_model_name_or_path": name_of(model),
+        "r": r, "lora_alpha": alpha, "rank_pattern": exact_pattern(ranks, r), "alpha_pattern": exact_pattern(alphas, alpha),
+        "target_modules": exact_targets(ranks, [name for name, _ in model.named_modules()]), "exclude_modules": None,
+        "modules_to_save": list(heads) or None, "lora_dropout": dropout, "bias": "none", "use_rslora": False, "use_dora": False,
+        "fan_in_fan_out": any(is_conv1d(path.holder) for path in paths), "init_lora_weights": True, "inference_mode": False,
+    }
+
+
+def _neat(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else value
+
+
+def _heads(model: nn.Module, heads: Sequence[str]) -> list[str]:
+    """Modules that PEFT saves whole: their names end in one of these, with or without a dot before it."""
+    return [name for name, _ in model.named_modules(remove_duplicate=False) if heads and name.endswith(tuple(heads))]
+
+
+def _is_in(name: str, modules: Iterable[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def peft_tensors(model: nn.Module, paths: Sequence[Path], heads: Sequence[str]) -> dict[str, Tensor]:
+    """``adapter_model.safetensors`` of the active rows, and of the heads.
+
+    Raises:
+        ValueError: a head's parameter also belongs to another module.
+    """
+    tensors = {}
+    for path in paths:
+        tensors[f"{_PREFIX}{path.name}.lora_A.weight"] = path.lora_A.detach()[path.mask]
+        tensors[f"{_PREFIX}{path.name}.lora_B.weight"] = path.lora_B.detach()[:, path.mask]
+    modules = _heads(model, heads)
+    saved = {name: tensor for name, tensor in own_tensors(model).items() if _is_in(name, modules)}
+    check_unshared(model, saved)
+    return {**tensors, **{f"{_PREFIX}{name}": tensor for name, tensor in saved.items()}}
+
+
+def as_uniform(config: dict, tensors: Mapping[str, Tensor], paths: Sequence[Path]) -> tuple[dict, dict[str, Tensor]]:
+    """The same adapter with one rank and scaling 1: B takes the scaling, rows of zeros fill up to the largest rank.
+
+    What servers read that know neither patterns nor heads (vLLM).
+    """
+    r = max(sum(path.active_rows()) for path in paths)
+    uniform = {}
+    for path in paths:
+        A, B = (tensors[f"{_PREFIX}{path.name}.{leaf}.weight"] for leaf in ("lora_A", "lora_B"))
+        missing = r - A.shape[0]
+        dtype = torch.float64 if B.dtype == torch.float64 else torch.float32
+        uniform[f"{_PREFIX}{path.name}.lora_A.weight"] = nn.functional.pad(A, (0, 0, 0, missing))
+        uniform[f"{_PREFIX}{path.name}.lora_B.weight"] = nn.functional.pad((path.scaling * B.to(dtype)).to(B.dtype), (0, missing))
+    return {**config, "r": r, "lora_alpha": r, "rank_pattern": {}, "alpha_pattern": {}}, uniform

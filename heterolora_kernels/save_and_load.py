@@ -1,0 +1,547 @@
+"""Adapters on disk: everything in the own format, or what other libraries read, as a PEFT adapter or merged into the weights.
+
+The own format is a folder with ``heterolora.json`` and a safetensors file: every path, inactive ones too, the heads, the config,
+what the base was, and the state of a search. Folders are replaced as a whole (:mod:`heterolora_kernels.files`), and nothing is
+loaded before everything about it has been checked.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+
+import torch
+from torch import Tensor, nn
+
+from heterolora_kernels import distributed, files, peft_format
+from heterolora_kernels._version import __version__
+from heterolora_kernels.config import HeteroLoraConfig
+from heterolora_kernels.files import field_of
+from heterolora_kernels.layers import Path
+from heterolora_kernels.patching import (
+    HeteroLoraState,
+    apply_heterolora,
+    check_mergeable,
+    merged_weight,
+    remove_heterolora,
+    state_of,
+    unwrap,
+)
+from heterolora_kernels.peft_format import ADAPTER_NAMES, PeftAdapter, heads_to_save, open_paths, own_tensors
+from heterolora_kernels.planning import is_below
+from heterolora_kernels.scoring import untouched
+from heterolora_kernels.search import RankSearch
+
+NATIVE_NAME = "heterolora.json"
+
+_FORMAT, _VERSION = "heterolora", 1
+#: Values of each base weight that are kept, evenly strided, to notice another base.
+_SAMPLES = 8
+#: Files of an earlier merged model, which a reader would prefer to the new ones.
+_MERGED = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+_UNMEASURED = "what this does to the outputs was not measured; give batches= to know"
+
+#: Writes the files of one save into a folder.
+Writer = Callable[[FilePath], None]
+
+
+# ---- saving ----
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike, format: str = "native", *, search: RankSearch | None = None,
+                 drop_shortcuts: bool = False, drop_heads: bool = False, batches: Iterable[Mapping] | None = None) -> None:
+    """Write the adapters of a patched model into a folder, which is replaced as a whole; other files in it stay.
+
+    Of a distributed job only the first process writes.
+
+    Args:
+        model: a patched model, wrapped or not; unchanged.
+        directory: the folder; made if it does not exist.
+        format: ``"native"`` (everything, for :func:`load_adapter`), ``"peft"`` (active rows as a LoRA adapter of mixed ranks),
+            ``"vllm"`` (the same at one rank, filled up with zeros) or ``"merged"`` (the whole model, W + s B A).
+        search: whose state is saved along (native).
+        drop_shortcuts: leave active shortcuts out, which only the native format can hold; what this does to the outputs is
+            measured and said by a warning.
+        drop_heads: leave out the heads of ``modules_to_save`` (peft, vllm): the base's own are used then.
+        batches: what to measure on: dictionaries for ``model(**batch)``, with or without labels; default: a few random token
+            ids, where the model takes any.
+
+    Raises:
+        ValueError: names the argument, or the path or head that cannot be saved. Nothing is written then.
+    """
+    state, model = state_of(model), unwrap(model)
+    if format not in _FORMATS:
+        raise ValueError(f"format must be one of {list(_FORMATS)}, got {format!r}")
+    if search is not None and format != "native":
+        raise ValueError(f"search: format {format!r} has no place for its state; use 'native'")
+    if drop_heads and format not in ("peft", "vllm"):
+        raise ValueError(f"drop_heads: format {format!r} holds the heads")
+    if drop_shortcuts and format == "native":
+        raise ValueError("drop_shortcuts: format 'native' holds the shortcuts")
+    shortcuts = [path.name for path in state.paths.values() if path.site is not None and any(path.active_rows())]
+    if shortcuts and format != "native" and not drop_shortcuts:
+        raise ValueError(f"format {format!r} cannot hold the {len(shortcuts)} active shortcuts ({shortcuts[0]}, ...): a shortcut "
+                         "reads another tensor than the linear whose output it joins; use format='native', or "
+                         "drop_shortcuts=True to leave them out")
+    if not open_paths(state.paths.values()) and (format != "native" or not shortcuts):
+        raise ValueError(f"no {'LoRA ' if shortcuts else ''}path is active: there is no adapter to save")
+    if distributed.world_size() > 1 and torch.distributed.get_rank() != 0:
+        return
+    _warn_if_unused(state)
+    write = _FORMATS[format](model, state, search=search, drop_heads=drop_heads)
+    if shortcuts and format != "native":
+        warnings.warn(f"left out {len(shortcuts)} shortcuts: {_effect(model, state, batches)}", stacklevel=2)
+    with files.replaced_folder(directory, lambda name: format == "merged" and _MERGED.fullmatch(name) is not None) as folder:
+        write(folder)
+
+
+def write_native(model: nn.Module, directory: str | os.PathLike, *, search: RankSearch | None = None,
+                 weights_name: str = "adapter.safetensors") -> None:
+    """Write the native format, whatever is active, from every process that calls; ``weights_name``: of the file of tensors."""
+    write = _native(unwrap(model), state_of(model), search=search, weights_name=weights_name)
+    with files.replaced_folder(directory) as folder:
+        write(folder)
+
+
+def peft_config(model: nn.Module) -> dict:
+    """PEFT's ``adapter_config.json`` of the present allocation, as ``LoraConfig.from_pretrained`` reads it.
+
+    Ranks are the numbers of active rows, scalings what they are here. Shortcuts have no place in it.
+
+    Raises:
+        ValueError: no LoRA path is active.
+    """
+    state, model = state_of(model), unwrap(model)
+    paths = open_paths(state.paths.values())
+    if not paths:
+        raise ValueError("no LoRA path is active: there is nothing to describe")
+    return peft_format.describe(model, paths, state.config.lora_dropout, heads_to_save(model, state.config, paths))
+
+
+def _warn_if_unused(state: HeteroLoraState) -> None:
+    hooks = state.step_hooks
+    if state.config.search != "off" and hooks._steps > 0 and not hooks.driven:
+        missed = "step" if state.config.search == "dynamic" else "start"
+        warnings.warn(f"{hooks._steps} optimizer steps were taken and search.{missed}() was never called: no rank was chosen. "
+                      f"Use HeteroLoraCallback with the HF Trainer, call RankSearch.{missed}(), or set search='off'",
+                      stacklevel=3)
+
+
+def _native(model: nn.Module, state: HeteroLoraState, *, search: RankSearch | None = None,
+            weights_name: str = "adapter.safetensors", drop_heads: bool = False) -> Writer:
+    if search is not None:
+        _check_search(state, search)
+    heads = _head_tensors(model, state)
+    tensors = {f"{path.name}.{leaf}": getattr(path.holder, leaf) for path in state.paths.values() for leaf in ADAPTER_NAMES}
+    content = {
+        "format": _FORMAT, "format_version": _VERSION, "package_version": __version__,
+        "config": {**state.config.to_dict(), "init_from": None},
+        "base": {"class": type(model).__name__, "name_or_path": peft_format.name_of(model),
+                 "weights": {name: _sample(weight) for name, weight in _base_weights(model, state).items()}},
+        "paths": {name: {"kind": path.kind, **_properties(path), "rank": sum(path.active_rows()),
+                         "active": "".join("01"[on] for on in path.active_rows())} for name, path in state.paths.items()},
+        "heads": {name: {"dtype": _name_of(value.dtype), "shape": list(value.shape)} for name, value in heads.items()},
+        "search": None if search is None else files.encode(search.state_dict()),
+    }
+
+    def write(folder: FilePath) -> None:
+        files.write_tensors(folder / weights_name, {**tensors, **heads})
+        weights = {"file": weights_name, "sha256": files.sha256_of(folder / weights_name)}
+        files.write_json(folder / NATIVE_NAME, {**content, "weights": weights})
+    return write
+
+
+def _check_search(state: HeteroLoraState, search: RankSearch) -> None:
+    if not isinstance(search, RankSearch):
+        raise TypeError(f"search must be a RankSearch, got {type(search).__name__}")
+    if search._state is not state:
+        raise ValueError("search belongs to another model, or to this one before it was patched anew")
+
+
+def _head_tensors(model: nn.Module, state: HeteroLoraState) -> dict[str, Tensor]:
+    return {name: value for name, value in own_tensors(model).items() if is_below(name.rpartition(".")[0], state.config.heads)}
+
+
+def _properties(path: Path) -> dict:
+    """What a saved path and the model's path of that name must have in common."""
+    return {"site": path.site, "r": path.r, "scaling": path.scaling, "in_features": path.lora_A.shape[1],
+            "out_features": path.lora_B.shape[0]}
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _base_weights(model: nn.Module, state: HeteroLoraState) -> dict[str, Tensor]:
+    """The frozen weights of the patched modules."""
+    patched = {id(module) for module in state.linears}
+    return {name: module.weight for name, module in model.named_modules()
+            if id(module) in patched and isinstance(getattr(module, "weight", None), Tensor) and not module.weight.is_meta
+            and not is_below(name, state.config.heads)}
+
+
+def _sample(weight: Tensor) -> dict:
+    flat = weight.detach().reshape(-1)
+    values = flat[::max(1, flat.numel() // _SAMPLES)][:_SAMPLES].to("cpu", torch.float64)
+    return {"dtype": _name_of(weight.dtype), "values": files.encode(values.tolist())}
+
+
+def _peft(model: nn.Module, state: HeteroLoraState, *, drop_heads: bool, **_) -> Writer:
+    paths = open_paths(state.paths.values())
+    heads = [] if drop_heads else heads_to_save(model, state.config, paths)
+    return _peft_writer(peft_format.describe(model, paths, state.config.lora_dropout, heads),
+                        peft_format.peft_tensors(model, paths, heads))
+
+
+def _vllm(model: nn.Module, state: HeteroLoraState, *, drop_heads: bool, **_) -> Writer:
+    heads = list(_head_tensors(model, state))
+    if heads and not drop_heads:
+        raise ValueError(f"format 'vllm' cannot hold the trained heads ({heads[0]}, ...): vLLM refuses adapters with "
+                         "modules_to_save; use format='merged', or drop_heads=True for the base's own")
+    paths = open_paths(state.paths.values())
+    return _peft_writer(*peft_format.as_uniform(peft_format.describe(model, paths, state.config.lora_dropout, ()),
+                                                peft_format.peft_tensors(model, paths, ()), paths))
+
+
+def _peft_writer(config: dict, tensors: Mapping[str, Tensor]) -> Writer:
+    def write(folder: FilePath) -> None:
+        files.write_tensors(folder / peft_format.WEIGHTS_NAME, tensors)
+        files.write_json(folder / peft_format.CONFIG_NAME, config)
+    return write
+
+
+def _merged(model: nn.Module, state: HeteroLoraState, **_) -> Writer:
+    merged = {f"{path.name}.weight": merged_weight(path) for path in check_mergeable(model, drop_shortcuts=True)}
+    weights = {**own_tensors(model), **merged}
+
+    def write(folder: FilePath) -> None:
+        save = getattr(model, "save_pretrained", None)
+        if save is None or "state_dict" not in inspect.signature(save).parameters:
+            files.write_tensors(folder / "model.safetensors", weights)
+            return
+        # transformers notes dtype and class in the config on its way.
+        config = dict(model.config.__dict__)
+        try:
+            save(folder, state_dict=weights)
+        finally:
+            model.config.__dict__.clear()
+            model.config.__dict__.update(config)
+    return write
+
+
+#: ``{format: function of a model and its state that checks, and returns what writes}``.
+_FORMATS: dict[str, Callable[..., Writer]] = {"native": _native, "peft": _peft, "vllm": _vllm, "merged": _merged}
+
+
+# ---- what leaving the shortcuts out does ----
+
+
+def _effect(model: nn.Module, state: HeteroLoraState, batches: Iterable[Mapping] | None) -> str:
+    """In words; the model is left as it was."""
+    if batches is not None:
+        return _measured(model, state, batches)
+    guessed = _random_batches(model)
+    try:
+        return f"{_measured(model, state, guessed)}, measured on random token ids" if guessed else _UNMEASURED
+    except Exception:
+        # That the model takes token ids was a guess.
+        return _UNMEASURED
+
+
+def _random_batches(model: nn.Module) -> list[dict[str, Tensor]]:
+    """A few sequences for a text model of transformers; none for any other."""
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    size = getattr(config, "vocab_size", None)
+    if not isinstance(size, int) or size < 1 or getattr(model, "main_input_name", None) != "input_ids":
+        return []
+    length = min(32, getattr(config, "max_position_embeddings", None) or 32)
+    generator = torch.Generator().manual_seed(0)
+    # One sequence a batch: a classifier without a padding token takes no more.
+    return [{"input_ids": torch.randint(size, (1, length), generator=generator)} for _ in range(4)]
+
+
+@torch.no_grad()
+def _measured(model: nn.Module, state: HeteroLoraState, batches: Iterable[Mapping]) -> str:
+    device = next(model.parameters()).device
+    difference, norm, losses = 0.0, 0.0, []
+    with untouched(model, state, batches, training=False):
+        for batch in batches:
+            if not isinstance(batch, Mapping):
+                raise TypeError(f"batches must hold dictionaries for model(**batch), got {type(batch).__name__}")
+            inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+            results = []
+            for with_shortcuts in (True, False):
+                _open_gates(state, with_shortcuts)
+                results.append(model(**inputs))
+            before, after = (_outputs(result).double() for result in results)
+            difference, norm = difference + float((after - before).square().sum()), norm + float(before.square().sum())
+            losses.append([getattr(result, "loss", None) for result in results])
+    if not losses:
+        raise ValueError("batches is empty: there is nothing to measure with")
+    changed = f"the outputs change by {100 * math.sqrt(difference / norm) if norm else math.inf:.1f} % (relative L2)"
+    if any(loss is None for pair in losses for loss in pair):
+        return changed
+    before, after = (sum(float(pair[i]) for pair in losses) / len(losses) for i in (0, 1))
+    return f"{changed}, loss {before:.4f} -> {after:.4f}"
+
+
+def _open_gates(state: HeteroLoraState, with_shortcuts: bool) -> None:
+    for module in state.linears:
+        paths = module._heterolora
+        rows = [on and (with_shortcuts or path.site is None) for path in paths.paths for on in path.active_rows()]
+        paths.derived.gate.copy_(torch.tensor(rows))
+
+
+def _outputs(result) -> Tensor:
+    """The logits, or the first floating tensor that is no loss."""
+    if isinstance(result, Tensor):
+        return result
+    named = result if isinstance(result, Mapping) else getattr(result, "__dict__", None) or dict(enumerate(result))
+    found = {name: value for name, value in named.items()
+             if isinstance(value, Tensor) and value.is_floating_point() and name != "loss"}
+    if not found:
+        raise ValueError(f"batches: the model's outputs ({type(result).__name__}) hold no tensor to compare")
+    return found.get("logits", next(iter(found.values())))
+
+
+# ---- loading ----
+
+
+@dataclass
+class _Saved:
+    """What a folder holds, in the native format's terms; config, base and search of a native one only."""
+
+    file: FilePath
+    paths: dict[str, dict]
+    tensors: dict[str, Tensor]
+    heads: set[str]
+    config: HeteroLoraConfig | None = None
+    base: dict[str, tuple[torch.dtype, Tensor]] | None = None
+    search: dict | None = None
+
+
+def load_adapter(model: nn.Module, directory: str | os.PathLike, *, search: RankSearch | None = None,
+                 check_base: bool = True) -> nn.Module:
+    """Load what :func:`save_adapter` wrote, or a LoRA adapter of PEFT.
+
+    A model that is not patched is patched first: with the saved config, or with the PEFT adapter's modules, ranks, scalings,
+    heads and dropout, and ``search="off"``. The paths of a patched one must be those of the folder; they are overwritten.
+
+    Args:
+        directory: a folder with ``heterolora.json``, or else with ``adapter_config.json``.
+        search: goes on where the saved one was; needs a patched model.
+        check_base: hold the base's weights to be those that the adapter was saved with (native).
+
+    Returns:
+        The model.
+
+    Raises:
+        FileNotFoundError, ValueError: name the file and the field, or what does not fit. The model is then as it was.
+    """
+    folder = files.find_folder(directory)
+    is_native = (folder / NATIVE_NAME).exists()
+    if not is_native and not (folder / peft_format.CONFIG_NAME).exists():
+        raise FileNotFoundError(f"directory: {folder} has neither {NATIVE_NAME} nor {peft_format.CONFIG_NAME}")
+    is_patched = _is_patched(model)
+    if search is not None and not is_patched:
+        raise ValueError("search belongs to another model, for this one is not patched: load first, then build it")
+    if search is not None:
+        _check_search(state_of(model), search)
+    if is_native:
+        saved = _read_native(folder)
+    else:
+        adapter = peft_format.read_peft(folder)
+        if not is_patched:
+            return apply_heterolora(model, HeteroLoraConfig(
+                r=adapter.config["r"], lora_alpha=adapter.config["lora_alpha"], use_rslora=adapter.is_rslora,
+                lora_dropout=adapter.dropout, modules_to_save=(), search="off", init_from=folder))
+        saved = _from_peft(adapter, unwrap(model))
+    if search is not None and saved.search is None:
+        raise ValueError(f"search: {saved.file} holds no state of a search")
+    if is_patched:
+        _load(model, saved, search, check_base)
+        return model
+    try:
+        apply_heterolora(model, saved.config)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{saved.file}: field 'config' does not fit the model: {error}") from error
+    try:
+        _load(model, saved, None, check_base)
+    except BaseException:
+        remove_heterolora(model)
+        raise
+    return model
+
+
+def load_search_state(directory: str | os.PathLike) -> dict:
+    """The state for ``search.load_state_dict``, of a folder in the native format.
+
+    Raises:
+        FileNotFoundError, ValueError: name the file and the field.
+    """
+    file = files.find_folder(directory) / NATIVE_NAME
+    state = _search_of(_read_record(file), file)
+    if state is None:
+        raise ValueError(f"{file}: field 'search' is null: the adapter was saved without a search")
+    return state
+
+
+def _is_patched(model: nn.Module) -> bool:
+    try:
+        unwrap(model)
+    except ValueError:
+        return False
+    return True
+
+
+def _from_peft(adapter: PeftAdapter, model: nn.Module) -> _Saved:
+    adapter.check_others(model)
+    peft_format.check_unshared(model, adapter.heads)
+    paths, tensors = {}, dict(adapter.heads)
+    for name, module in adapter.modules.items():
+        paths[name] = {"site": None, "r": module.r, "scaling": module.scaling, "in_features": module.lora_A.shape[1],
+                       "out_features": module.lora_B.shape[0]}
+        rows = torch.ones(module.r, dtype=torch.bool)
+        tensors.update(zip((f"{name}.{leaf}" for leaf in ADAPTER_NAMES), (module.lora_A, module.lora_B, rows)))
+    return _Saved(adapter.weights, paths, tensors, set(adapter.heads))
+
+
+def _read_record(file: FilePath) -> dict:
+    record = files.read_json(file)
+    for name, expected in (("format", _FORMAT), ("format_version", _VERSION)):
+        if field_of(record, name, type(expected), file) != expected:
+            raise ValueError(f"{file}: field {name!r} must be {expected!r}, got {record[name]!r}")
+    return record
+
+
+def _search_of(record: dict, file: FilePath) -> dict | None:
+    return files.decode(field_of(record, "search", (dict, type(None)), file), f"{file}: field 'search'")
+
+
+def _read_native(folder: FilePath) -> _Saved:
+    file = folder / NATIVE_NAME
+    record = _read_record(file)
+    values = {**field_of(record, "config", dict, file), "init_from": None}
+    try:
+        config = HeteroLoraConfig.from_dict(values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: field 'config': {error}") from error
+    paths = {name: _read_path(entry, f"{file}: path {name!r}") for name, entry in field_of(record, "paths", dict, file).items()}
+    heads = {name: field_of(entry, "shape", list, f"{file}: head {name!r}")
+             for name, entry in field_of(record, "heads", dict, file).items()}
+    base = field_of(field_of(record, "base", dict, file), "weights", dict, f"{file}: field 'base'")
+    base = {name: _read_sample(entry, f"{file}: base weight {name!r}") for name, entry in base.items()}
+    search = _search_of(record, file)
+    where, weights = f"{file}: field 'weights'", field_of(record, "weights", dict, file)
+    name = field_of(weights, "file", str, where)
+    if name != os.path.basename(name) or name in ("", ".", ".."):
+        raise ValueError(f"{where}: 'file' must be the name of a file in the same folder, got {name!r}")
+    tensors = files.read_tensors(folder / name, field_of(weights, "sha256", str, where))
+    _check_tensors(tensors, paths, heads, file, folder / name)
+    return _Saved(file, paths, tensors, set(heads), config, base, search)
+
+
+def _read_path(entry: object, where: str) -> dict:
+    kinds = {"site": (str, type(None)), "r": int, "scaling": (int, float), "in_features": int, "out_features": int, "active": str}
+    path = {name: field_of(entry, name, kind, where) for name, kind in kinds.items()}
+    if len(path["active"]) != path["r"] or set(path["active"]) - {"0", "1"}:
+        raise ValueError(f"{where}: field 'active' must be {path['r']} characters 0 or 1, got {path['active']!r}")
+    return path
+
+
+def _read_sample(entry: object, where: str) -> tuple[torch.dtype, Tensor]:
+    dtype = getattr(torch, field_of(entry, "dtype", str, where), None)
+    values = files.decode(field_of(entry, "values", list, where), f"{where}: field 'values'")
+    if not isinstance(dtype, torch.dtype) or not all(isinstance(value, float) for value in values):
+        raise ValueError(f"{where}: fields 'dtype' and 'values' must be a torch dtype and floats")
+    return dtype, torch.tensor(values, dtype=torch.float64)
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], paths: Mapping[str, dict], heads: Mapping[str, list], file: FilePath,
+                   weights: FilePath) -> None:
+    """Hold the tensors to be those that the JSON speaks of."""
+    expected = dict(heads)
+    for name, path in paths.items():
+        shapes = ([path["r"], path["in_features"]], [path["out_features"], path["r"]], [path["r"]])
+        expected.update(zip((f"{name}.{leaf}" for leaf in ADAPTER_NAMES), shapes))
+    odd = sorted(expected.keys() ^ tensors.keys())
+    if odd:
+        raise ValueError(f"{weights}: {len(odd)} tensors are missing or not in {file.name}: {odd[0]!r}")
+    for name, shape in expected.items():
+        if list(tensors[name].shape) != shape:
+            raise ValueError(f"{weights}: tensor {name!r} has shape {list(tensors[name].shape)}, and {file.name} says {shape}")
+    for name, path in paths.items():
+        if tensors[f"{name}.lora_mask"].tolist() != [character == "1" for character in path["active"]]:
+            raise ValueError(f"{weights}: tensor '{name}.lora_mask' is not what field 'active' of {file.name} says")
+
+
+def _misfits(state: HeteroLoraState, saved: _Saved, own: Mapping[str, Tensor]) -> list[str]:
+    """How the model's paths and heads differ from the saved ones, one line each."""
+    found = [f"path {name!r} is {'only in the model' if name in state.paths else 'not in the model'}"
+             for name in sorted(state.paths.keys() ^ saved.paths.keys())]
+    for name in sorted(state.paths.keys() & saved.paths.keys()):
+        for key, value in _properties(state.paths[name]).items():
+            other = saved.paths[name][key]
+            # PEFT's alpha is the scaling times the rank: one rounding more.
+            if other != value and not (key == "scaling" and math.isclose(other, value, rel_tol=1e-12)):
+                found.append(f"{key} of path {name!r} is {value} in the model and {other} in the file")
+    found += [f"head {name!r} is {'only in the model' if name in own else 'not in the model'}"
+              for name in sorted(own.keys() ^ saved.heads)]
+    return found + [
+        f"head {name!r} has shape {list(own[name].shape)} in the model and {list(saved.tensors[name].shape)} in the file"
+        for name in sorted(own.keys() & saved.heads) if own[name].shape != saved.tensors[name].shape]
+
+
+def _check_base(model: nn.Module, state: HeteroLoraState, saved: _Saved) -> None:
+    weights = _base_weights(model, state)
+    for name in weights.keys() & saved.base.keys():
+        (dtype, values), weight = saved.base[name], weights[name]
+        _, found = _read_sample(_sample(weight), name)
+        kinds = () if weight.dtype == dtype else (torch.finfo(weight.dtype), torch.finfo(dtype))
+        # The same number in another dtype is at most one rounding away, of a normal number or of the smallest ones.
+        rtol = max((kind.eps for kind in kinds), default=0.0)
+        atol = max((kind.tiny * kind.eps for kind in kinds), default=0.0)
+        if found.shape != values.shape or not torch.allclose(found, values, rtol=rtol, atol=atol, equal_nan=True):
+            raise ValueError(f"{saved.file}: the adapter was trained on another base: the weight of {name!r} has other values "
+                             "in this model (check_base=False loads it all the same)")
+
+
+def _load(model: nn.Module, saved: _Saved, search: RankSearch | None, check_base: bool) -> None:
+    """Check everything, then write into a patched model; as before if anything fails."""
+    state, model = state_of(model), unwrap(model)
+    targets = _head_tensors(model, state)
+    misfits = _misfits(state, saved, targets)
+    if misfits:
+        raise ValueError(f"{saved.file} does not fit the model in {len(misfits)} points: {'; '.join(misfits[:3])}"
+                         f"{'; ...' if len(misfits) > 3 else ''}")
+    if check_base and saved.base is not None:
+        _check_base(model, state, saved)
+    for name, path in state.paths.items():
+        targets.update((f"{name}.{leaf}", getattr(path.holder, leaf)) for leaf in ADAPTER_NAMES)
+    kept = None if search is None else search.state_dict()
+    try:
+        with peft_format.restored_on_failure(targets.values()), torch.no_grad():
+            for name, target in targets.items():
+                target.copy_(saved.tensors[name])
+            state.write_masks()
+            if search is not None:
+                _resume(search, saved)
+    except BaseException:
+        state.write_masks()
+        if search is not None:
+            search.load_state_dict(kept)
+        raise
+
+
+def _resume(search: RankSearch, saved: _Saved) -> None:
+    try:
+        search.load_state_dict(saved.search)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{saved.file}: field 'search': {error}") from error
