@@ -322,7 +322,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file."""
     # Copies: the format refuses tensors that share memory or have gaps.
     copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    # safetensors makes files that only their owner can read; others get here what any file gets.
+    path.touch()
+    mode = path.stat().st_mode
     safetensors.torch.save_file(copies, path, metadata={"format": "pt"})
+    path.chmod(stat.S_IMODE(mode))
 
 
 def sha256_of(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -15,6 +16,7 @@ COMMANDS = {
     "train": "fine-tune any model on any data, its ranks chosen while it trains",
     "search": "choose ranks once, as a rank pattern that PEFT reads",
     "plot": "draw what a run did",
+    "info": "what runs here, and what a model would get",
     "export": "write an adapter for PEFT, vLLM, or merged into the model",
 }
 
@@ -42,6 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # Whoever read the output has enough; what is left in the buffer must not be written at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:
         if args.debug:
             raise

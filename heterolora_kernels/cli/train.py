@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from heterolora_kernels.cli import data, options, run_folder
@@ -132,18 +133,20 @@ def build_trainer(prepared: data.Prepared, settings: Mapping, folder: Path, call
         gradient_accumulation_steps=settings["accumulation"], learning_rate=settings["lr"],
         lr_scheduler_type=settings["scheduler"], warmup_steps=settings["warmup_steps"], weight_decay=settings["weight_decay"],
         max_grad_norm=settings["max_grad_norm"], gradient_checkpointing=settings["checkpointing"], seed=seed, save_total_limit=2,
-        eval_strategy="epoch" if prepared.validation is not None else "no", logging_steps=20, report_to=[], **saving)
+        eval_strategy="epoch" if prepared.validation is not None else "no", logging_steps=20, report_to=[],
+        dataloader_pin_memory=torch.cuda.is_available(), **saving)
     return Trainer(prepared.model, arguments, train_dataset=prepared.train, eval_dataset=prepared.validation,
                    data_collator=prepared.collate, compute_metrics=prepared.metrics, callbacks=[callback])
 
 
-def _evaluate(trainer, prefix: str) -> dict[str, float]:
-    """Loss and metric on the validation data, without what changes from run to run."""
+def _evaluate(trainer, name: str) -> dict[str, float]:
+    """Loss and metric on the validation data, as ``<name>_loss`` and so on; not run again where the last step did."""
     if trainer.eval_dataset is None:
         return {}
-    found = trainer.evaluate(metric_key_prefix=prefix)
-    return {name: value for name, value in found.items()
-            if not name.endswith(("_runtime", "_per_second", "_time")) and name != "epoch" and not name.startswith("heterolora/")}
+    now = [entry for entry in trainer.state.log_history if "eval_loss" in entry and entry["step"] == trainer.state.global_step]
+    found = now[-1] if now and trainer.state.global_step > 0 else trainer.evaluate()
+    return {f"{name}_{key.removeprefix('eval_')}": value for key, value in found.items()
+            if key.startswith("eval_") and not key.endswith(("_runtime", "_per_second", "_time"))}
 
 
 def run(args: argparse.Namespace) -> int:
