@@ -94,10 +94,9 @@ def plot_ranks(ranks: Mapping[str, int], max_ranks: Mapping[str, int] | None = N
         ImportError: matplotlib is not installed.
     """
     top = max((1, *ranks.values(), *(max_ranks or {}).values()))
-    known = max_ranks is not None and ranks.keys() <= max_ranks.keys()
-    share = f"{sum(ranks.values()):,} of {sum(max_ranks[path] for path in ranks):,} rows are active" if known else \
-        f"{sum(ranks.values()):,} rows are active"
-    return _heat_map(ranks, top, "rank", f"Ranks: {share}", str, file)
+    is_known = max_ranks is not None and ranks.keys() <= max_ranks.keys()
+    of = f" of {sum(max_ranks[path] for path in ranks):,}" if is_known else ""
+    return _heat_map(ranks, top, "rank", f"Ranks: {sum(ranks.values()):,}{of} rows are active", str, file)
 
 
 def plot_frequency(history: Sequence[Mapping], file: str | os.PathLike | None = None) -> Figure:
@@ -223,7 +222,7 @@ def _draw_bar(figure: Figure, axes, colours, unit: str, end: float) -> None:
     from matplotlib.ticker import MaxNLocator
 
     # 0 is what is off.
-    ticks = MaxNLocator("auto", integer=True, prune="lower")
+    ticks = MaxNLocator("auto", steps=[1, 2, 4, 5, 8, 10], integer=True, prune="lower")
     scale = figure.colorbar(colours, cax=axes, extend="min", extendrect=True, extendfrac=end, ticks=ticks)
     scale.set_label(unit, fontsize=8)
     scale.ax.annotate("off", (1, -end / 2), xycoords="axes fraction", xytext=(5.5, 0), textcoords="offset points", fontsize=6,

@@ -16,39 +16,40 @@ from heterolora_kernels.plotting import plot_churn, plot_frequency, plot_ranks
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's flags."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder (history.jsonl, adapter/) or an adapter's")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write the pictures (default: into RUN)")
+    # "run" is the command itself.
+    parser.add_argument("folder", type=Path, metavar="RUN_DIR", help="a run's folder (history.jsonl, adapter/), or an adapter's")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write the pictures (default: into RUN_DIR)")
     parser.add_argument("--format", choices=("png", "pdf", "svg"), default="png", help="default: %(default)s")
 
 
-def _ranks(run: Path) -> tuple[dict[str, int], dict[str, int]]:
-    """``(ranks, full ranks)`` as the run's adapter has them; empty without one."""
-    for folder in (run / "adapter", run):
-        file = folder / "heterolora.json"
-        if file.exists():
-            paths = field_of(read_json(file), "paths", dict, file)
-            return tuple({name: field_of(path, key, int, f"{file}: path {name!r}") for name, path in paths.items()}
-                         for key in ("rank", "r"))
-    return {}, {}
+def _adapter_ranks(folder: Path) -> tuple[dict[str, int], dict[str, int]]:
+    """``(ranks, full ranks)`` of the adapter in a run's folder, or of the folder's own; empty without one."""
+    file = next((file for file in (folder / "adapter" / "heterolora.json", folder / "heterolora.json") if file.exists()), None)
+    if file is None:
+        return {}, {}
+    paths = field_of(read_json(file), "paths", dict, file)
+    full = {name: field_of(path, "r", int, f"{file}: path {name!r}") for name, path in paths.items()}
+    return {name: field_of(path, "active", str, f"{file}: path {name!r}").count("1") for name, path in paths.items()}, full
 
 
-def draw_run(run: Path, out: Path, format: str = "png") -> list[Path]:
-    """Draw everything that a run's folder has something about; the files written.
+def draw_run(folder: Path, out: Path, format: str = "png") -> list[Path]:
+    """Draw what a run's folder has something about: all three pictures, or without a history the adapter's ranks.
+
+    Returns:
+        The files that were written.
 
     Raises:
-        FileNotFoundError: it has neither a history nor an adapter.
+        FileNotFoundError, ValueError: there is nothing to draw, or a file is damaged.
     """
-    ranks, full = _ranks(run)
-    record = run / "history.jsonl"
+    record = folder / "history.jsonl"
     history = read_jsonl(record) if record.exists() else []
-    if not ranks and history:
-        ranks = history[-1]["ranks"]
-        full = {name: max(entry["ranks"].get(name, 0) for entry in history) for name in ranks}
-    if not ranks:
-        raise FileNotFoundError(f"{run} has no history.jsonl with a reallocation and no adapter: there is nothing to draw")
+    ranks, full = _adapter_ranks(folder)
+    if not history and not ranks:
+        found = f"{record} is empty" if record.exists() else f"there is no {record}"
+        raise FileNotFoundError(f"nothing to draw: {found} (search='off' chooses no ranks), and no adapter/heterolora.json")
     out.mkdir(parents=True, exist_ok=True)
     files = {name: out / f"{name}.{format}" for name in ("ranks", "frequency", "churn")}
-    plot_ranks(ranks, full, files["ranks"])
+    plot_ranks(history[-1]["ranks"] if history else ranks, full or None, files["ranks"])
     if not history:
         return [files["ranks"]]
     plot_frequency(history, files["frequency"])
@@ -58,8 +59,8 @@ def draw_run(run: Path, out: Path, format: str = "png") -> list[Path]:
 
 def run(args: argparse.Namespace) -> int:
     """The command."""
-    if not args.run.is_dir():
-        raise FileNotFoundError(f"RUN: there is no folder {args.run}")
-    for file in draw_run(args.run, args.out or args.run, args.format):
+    if not args.folder.is_dir():
+        raise FileNotFoundError(f"RUN_DIR: there is no folder {args.folder}")
+    for file in draw_run(args.folder, args.out or args.folder, args.format):
         print(file)
     return 0

@@ -102,9 +102,20 @@ def _stops_at_ctrl_c(trainer) -> Iterator[list[bool]]:
     came: list[bool] = []
 
     class Stop(TrainerCallback):
+        """The checkpoint must be one that the unbroken run passes through: an evaluation draws random numbers too.
+
+        So there is none but at the end of an epoch, where the unbroken run has one, before it saves.
+        """
+
         def on_step_end(self, args, state, control, **kwargs):
             if came:
-                control.should_save = control.should_training_stop = True
+                control.should_training_stop = True
+                control.should_save = not float(state.epoch).is_integer()
+
+        def on_epoch_end(self, args, state, control, **kwargs):
+            if came:
+                control.should_save = float(state.epoch).is_integer()
+                control.should_evaluate = control.should_evaluate and control.should_save
 
     def handle(number, frame):
         if came:
@@ -132,9 +143,12 @@ def build_trainer(prepared: data.Prepared, settings: Mapping, folder: Path, call
         per_device_train_batch_size=settings["batch_size"], per_device_eval_batch_size=4 * settings["batch_size"],
         gradient_accumulation_steps=settings["accumulation"], learning_rate=settings["lr"],
         lr_scheduler_type=settings["scheduler"], warmup_steps=settings["warmup_steps"], weight_decay=settings["weight_decay"],
-        max_grad_norm=settings["max_grad_norm"], gradient_checkpointing=settings["checkpointing"], seed=seed, save_total_limit=2,
+        max_grad_norm=settings["max_grad_norm"], seed=seed, save_total_limit=2,
         eval_strategy="epoch" if prepared.validation is not None else "no", logging_steps=20, report_to=[],
         dataloader_pin_memory=torch.cuda.is_available(), **saving)
+    if settings["checkpointing"]:
+        # Not by the argument, whose name changes with transformers' versions.
+        prepared.model.gradient_checkpointing_enable({"use_reentrant": False})
     return Trainer(prepared.model, arguments, train_dataset=prepared.train, eval_dataset=prepared.validation,
                    data_collator=prepared.collate, compute_metrics=prepared.metrics, callbacks=[callback])
 
