@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from helpers_search import adapter, llama_batch, make_net, net_batch, path_names, plain_llama
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import heterolora_kernels as hlk
 from heterolora_kernels import allocation, proxies
@@ -20,18 +20,31 @@ def _blocks(name: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), flags=re.DOTALL)
 
 
-def test_readme_example_trains_and_merges(capsys):
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                                         num_attention_heads=2, num_key_value_heads=2))
-    ids = torch.randint(0, 20, (2, 5))
-    namespace = {"model": model, "loader": [{"input_ids": ids, "labels": ids}] * 320}
-    (block,) = _blocks("README.md")
+def test_readme_trainer_example_chooses_ranks_and_exports(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (block, _) = _blocks("README.md")
+    train_dataset = [{name: value[0] for name, value in llama_batch(seed, 1).items()} for seed in range(80)]
+    namespace = {"model": plain_llama(), "train_dataset": train_dataset}
+    exec(block, namespace)
+    search = namespace["callback"].search
+    assert [entry["step"] for entry in search.history] == list(range(0, 31, 2))
+    assert not search.history[-1]["warmup"]
+    names = safetensors.torch.load_file("adapter/adapter_model.safetensors")
+    on = {name for name, rank in search.ranks.items() if rank}
+    assert {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in names} == on
+
+
+def test_readme_loop_example_trains_and_comes_back(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (_, block) = _blocks("README.md")
+    namespace = {"model": plain_llama(), "loader": [llama_batch(0)] * 320}
     exec(block, namespace)
     history = namespace["search"].history
     assert [entry["step"] for entry in history] == list(range(0, 301, 50))
     assert not history[-1]["warmup"]
-    assert type(model.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+    loaded = hlk.load_adapter(plain_llama(), "adapter").eval()
+    model = namespace["model"].eval()
+    assert torch.equal(loaded(**llama_batch(1)).logits, model(**llama_batch(1)).logits)
 
 
 @pytest.fixture
