@@ -177,8 +177,8 @@ def _binary(scores, costs, budget, *, kinds, max_ranks, mode, budget_unit, gener
                 chosen.add(path)
                 limit -= cost[path]
     if not chosen:
-        raise ValueError(f"budget {budget} selects no path: the smallest costs {min(cost[path] for path in scores)} "
-                         f"{_UNITS[budget_unit]}; raise budget")
+        smallest = min(cost[path] for pool, _ in pools for path in pool)
+        raise ValueError(f"budget {budget} selects no path: the smallest costs {smallest} {_UNITS[budget_unit]}; raise budget")
     return {path: max_ranks[path] if path in chosen else 0 for path in scores}
 
 
@@ -197,8 +197,11 @@ def _graded(scores, costs, budget, *, kinds, max_ranks, mode, budget_unit, rank_
     for path, score in scores.items():
         values, r = _rows(score, max_ranks[path]), max_ranks[path]
         order = sorted(range(r), key=lambda j: (-values[j], drawn[first + j]))
-        units[path] = [(sum(values[j] for j in rows) / len(rows), drawn[first + rows[0]], rows)
-                       for rows in (order[i:i + rank_step] for i in range(0, r, rank_step))]
+        units[path], mean = [], math.inf
+        for rows in (order[i:i + rank_step] for i in range(0, r, rank_step)):
+            # No larger than the unit before it, which rounding of equal scores may make it.
+            mean = min(mean, sum(values[j] for j in rows) / len(rows))
+            units[path].append((mean, drawn[first + rows[0]], rows))
         first += r
     masks = {path: [False] * max_ranks[path] for path in scores}
     pools = _pools(scores, kinds, mode, budget, lambda path: cost[path] * max_ranks[path],

@@ -23,7 +23,7 @@ _NORMALIZATIONS = ("none", "scale", "size", "type")
 #: What the published runs have in common, and what its kinds of runs add (arXiv 2406.14956 and the authors' run logs).
 _PAPER = {"r": 8, "lora_alpha": 16, "target_modules": ("q_proj", "v_proj"), "shortcuts": "all", "shortcut_r": None,
           "shortcut_alpha": 4, "budget": 0.25, "mode": "combined", "proxy": "grad_norm", "score": "probe", "num_batches": 32,
-          "warmup": 0}
+          "warmup": 0, "synflow_target": "loss"}
 _PAPER_SETTINGS = {
     "dynamic": {"search": "dynamic", "interval": 0.2},
     "static": {"search": "static", "shortcuts": ()},
@@ -299,13 +299,12 @@ class HeteroLoraConfig:
         if not isinstance(values, Mapping):
             raise TypeError(f"values must be a dictionary of fields, got {type(values).__name__}")
         known = {entry.name for entry in fields(cls)}
-        unknown = sorted(set(values) - known)
+        unknown = [name for name in values if name not in known]
         if unknown:
             raise ValueError(f"HeteroLoraConfig has no field {unknown[0]!r}; its fields are {sorted(known)}")
         values = dict(values)
         if isinstance(values.get("sites"), Mapping):
-            values["sites"] = {name: Site(**site) if isinstance(site, Mapping) else site
-                               for name, site in values["sites"].items()}
+            values["sites"] = {name: _as_site(name, site) for name, site in values["sites"].items()}
         return cls(**values)
 
     @property
@@ -317,6 +316,15 @@ class HeteroLoraConfig:
     def resolved_score(self) -> str:
         """``score``, or its default for the kind of search."""
         return self.score or ("in_step" if self.search == "dynamic" else "probe")
+
+
+def _as_site(name: str, value: object) -> object:
+    if not isinstance(value, Mapping):
+        return value
+    try:
+        return Site(**value)
+    except TypeError as error:
+        raise ValueError(f"sites[{name!r}] must have the fields {[entry.name for entry in fields(Site)]}: {error}") from error
 
 
 def _as_dtype(value: torch.dtype | str | None) -> torch.dtype | None:

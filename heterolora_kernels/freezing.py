@@ -38,10 +38,20 @@ def _paths_of(optimizer: Optimizer, paths: Sequence[Path]) -> list[Path]:
     return [path for path in paths if id(path.lora_A) in held or id(path.lora_B) in held]
 
 
+def _elementwise_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """State tensors of the parameter's shape, by name."""
+    state = optimizer.state.get(parameter, {})
+    return {name: value for name, value in state.items() if isinstance(value, Tensor) and value.shape == parameter.shape}
+
+
 def _rows_of(optimizer: Optimizer, parameter: Tensor) -> list[Tensor]:
     """The parameter and its elementwise state."""
-    state = optimizer.state.get(parameter, {})
-    return [parameter, *(value for value in state.values() if isinstance(value, Tensor) and value.shape == parameter.shape)]
+    return [parameter, *_elementwise_state(optimizer, parameter).values()]
+
+
+def _first_value(optimizer: Optimizer, name: str) -> float:
+    """What a state tensor is filled with before the first step: 0, but for Adagrad's sum."""
+    return optimizer.defaults.get("initial_accumulator_value", 0.0) if name == "sum" else 0.0
 
 
 #: Optimizers whose step mixes the elements of a parameter, by class name: what a closed row holds would move open ones. Of
@@ -97,7 +107,7 @@ class StepHooks:
         self._handles: list = []
         # (parameter, dimension of its rows, indices of the inactive ones, {id of tensor: (tensor, their values)})
         self._saved: list[tuple[Tensor, int, Tensor, dict[int, tuple[Tensor, Tensor]]]] = []
-        #: ``{path: rows}`` whose optimizer state starts anew at the next step.
+        #: ``{parameter: rows}`` whose optimizer state starts anew at the next step.
         self._resets: dict[str, list[bool]] = {}
         self._steps = 0
 
@@ -128,14 +138,15 @@ class StepHooks:
         """End."""
         _remove_all(self._handles)
 
-    def reset_rows(self, name: str, rows: Sequence[bool]) -> None:
-        """Let the optimizer state of these rows of a path start anew when it is next stepped."""
+    def reset_rows(self, path: Path, rows: Sequence[bool]) -> None:
+        """Let the optimizer state of these rows of a path start anew when its parameters are next stepped."""
         if any(rows):
-            marked = self._resets.get(name, [False] * len(rows))
-            self._resets[name] = [bool(a or b) for a, b in zip(marked, rows)]
+            for leaf in ("lora_A", "lora_B"):
+                name = f"{path.name}.{leaf}"
+                self._resets[name] = [bool(a or b) for a, b in zip(self._resets.get(name, [False] * path.r), rows)]
 
     def pending_resets(self) -> dict[str, list[bool]]:
-        """What :meth:`reset_rows` was told since the last step."""
+        """What :meth:`reset_rows` was told since the last step, ``{parameter: rows}``."""
         return {name: list(rows) for name, rows in self._resets.items()}
 
     def set_pending_resets(self, resets: Mapping[str, Sequence[bool]]) -> None:
@@ -143,17 +154,30 @@ class StepHooks:
         self._resets = {name: list(rows) for name, rows in resets.items()}
 
     @torch.no_grad()
-    def _reset(self, optimizer: Optimizer, path: Path, rows: Sequence[bool]) -> None:
-        """Forget the moments of these rows; of a path that was off as a whole everything, the count of steps included."""
-        index = torch.tensor(rows, device=path.lora_A.device).nonzero().flatten()
-        # Its rows that stay off lose their state too, which they would when they are switched on.
-        whole = all(rows[j] for j, on in enumerate(path.active_rows()) if on)
-        for parameter, dim in ((path.lora_A, 0), (path.lora_B, 1)):
-            if whole:
+    def _reset(self, optimizer: Optimizer, path: Path) -> None:
+        """Carry out what is pending of a path, for those of its parameters that the optimizer holds.
+
+        Rows forget their moments; a path that was off as a whole everything, the count of steps included.
+        """
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for leaf, parameter, dim in (("lora_A", path.lora_A, 0), ("lora_B", path.lora_B, 1)):
+            name = f"{path.name}.{leaf}"
+            if name not in self._resets or id(parameter) not in held:
+                continue
+            rows = self._resets.pop(name)
+            index = torch.tensor(rows, device=parameter.device).nonzero().flatten()
+            # Its rows that stay off lose their state too, which they would when they are switched on.
+            whole = all(rows[j] for j, on in enumerate(path.active_rows()) if on)
+            state = optimizer.state.get(parameter, {})
+            # Adagrad makes its state when it is built, in some versions: it is not made again.
+            if whole and "sum" not in state:
                 optimizer.state.pop(parameter, None)
-            else:
-                for tensor in _rows_of(optimizer, parameter)[1:]:
-                    tensor.index_fill_(dim, index, 0)
+                continue
+            for key, tensor in _elementwise_state(optimizer, parameter).items():
+                value = _first_value(optimizer, key)
+                tensor.fill_(value) if whole else tensor.index_fill_(dim, index, value)
+            if whole and isinstance(state.get("step"), Tensor):
+                state["step"].zero_()
 
     def _before(self, state, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         paths = _paths_of(optimizer, list(state.paths.values()))
@@ -172,8 +196,7 @@ class StepHooks:
         for observer in list(self.observers):
             observer.before_step(optimizer)
         for path in paths:
-            if path.name in self._resets:
-                self._reset(optimizer, path, self._resets.pop(path.name))
+            self._reset(optimizer, path)
         self._saved.clear()
         for path in closed:
             if any(rows[path.name]):
@@ -195,12 +218,13 @@ class StepHooks:
     @torch.no_grad()
     def _restore_rows(self, optimizer: Optimizer) -> None:
         for parameter, dim, index, values in self._saved:
-            for tensor in _rows_of(optimizer, parameter):
+            parameter.index_copy_(dim, index, values[id(parameter)][1])
+            for name, tensor in _elementwise_state(optimizer, parameter).items():
                 if id(tensor) in values:
                     tensor.index_copy_(dim, index, values[id(tensor)][1])
                 else:
-                    # State that this step made: rows that take no part in it start from 0.
-                    tensor.index_fill_(dim, index, 0)
+                    # State that this step made: rows that take no part in it are as before a first step.
+                    tensor.index_fill_(dim, index, _first_value(optimizer, name))
         self._saved.clear()
 
     def _after(self, state, optimizer: Optimizer) -> None:

@@ -220,7 +220,7 @@ class RankSearch:
         window = None if self._window is None else {"committed": self._window.committed.cpu().clone(),
                                                     "steps": self._window.steps}
         return {
-            "version": 2, "started": self._started, "steps": self._steps, "last": self._last,
+            "version": 2, "ranks": self.config.ranks, "started": self._started, "steps": self._steps, "last": self._last,
             "reallocations": self._reallocations, "times_on": copy.deepcopy(self._times_on), "covered": self._covered,
             "average": copy.deepcopy(self._average), "reset": self._state.step_hooks.pending_resets(),
             "generator": self._generator.get_state(),
@@ -239,6 +239,8 @@ class RankSearch:
         keys = self.state_dict().keys()
         if keys - state.keys():
             raise ValueError(f"state is incomplete: {sorted(keys - state.keys())} are missing")
+        if state["ranks"] != self.config.ranks:
+            raise ValueError(f"state is that of a search with ranks={state['ranks']!r}, and this one has {self.config.ranks!r}")
         if set(state["masks"]) != set(self.paths):
             odd = sorted(set(state["masks"]) ^ set(self.paths))
             raise ValueError(f"state belongs to a model with other paths: {odd[0]!r} and {len(odd) - 1} others differ")
@@ -299,7 +301,7 @@ class RankSearch:
             before = path.active_rows()
             path.mask.copy_(mask)
             if self.config.on_reactivate == "reset":
-                self._state.step_hooks.reset_rows(name, [on and not was for on, was in zip(path.active_rows(), before)])
+                self._state.step_hooks.reset_rows(path, [on and not was for on, was in zip(path.active_rows(), before)])
         self._state.write_masks()
 
     def _check_patched(self) -> None:
