@@ -50,6 +50,8 @@ class HeteroLoraCallback(TrainerCallback, ExportableState):
         adapter_only: checkpoints, ``trainer.save_model()`` and ``model.save_pretrained()`` write the adapter in the native
             format, which :func:`~heterolora_kernels.load_adapter` reads too, and not the base. False leaves the Trainer alone.
             Under FSDP and DeepSpeed, which write checkpoints of their own kind, it is without effect.
+        at_last_step: whether a reallocation that is due at the last step of the run is made, as a plain loop would. What it
+            switches on is not trained together any more: False keeps the ranks that were.
 
     Attributes:
         search: the :class:`~heterolora_kernels.search.RankSearch`; None before training.
@@ -61,9 +63,10 @@ class HeteroLoraCallback(TrainerCallback, ExportableState):
 
     def __init__(self, loss_fn: LossFunction | None = None, metric: Metric | str | None = None,
                  eval_batches: Iterable | None = None, greater_is_better: bool | None = None, tolerance: float = 0.01,
-                 dataloader: Iterable | None = None, adapter_only: bool = True):
+                 dataloader: Iterable | None = None, adapter_only: bool = True, at_last_step: bool = True):
         self.search: RankSearch | None = None
         self.adapter_only = adapter_only
+        self.at_last_step = at_last_step
         self._measures = {"loss_fn": loss_fn, "metric": metric, "eval_batches": eval_batches,
                           "greater_is_better": greater_is_better, "tolerance": tolerance}
         self._dataloader = dataloader
@@ -101,7 +104,8 @@ class HeteroLoraCallback(TrainerCallback, ExportableState):
             self.search.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        self.search.step()
+        if self.at_last_step or state.global_step < state.max_steps:
+            self.search.step()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs) -> None:
         # The logs of an evaluation and of the whole run stay what they are.
@@ -135,8 +139,8 @@ class HeteroLoraCallback(TrainerCallback, ExportableState):
         """``restore_callback_states_from_checkpoint`` puts a new object in the place of the user's: the two become one."""
         side = unwrap(model).__dict__.get(_SIDE)
         if side is None or side.callback is None:
-            raise ValueError("restore_callback_states_from_checkpoint needs a HeteroLoraCallback in Trainer(callbacks=[...]), or an "
-                             "attached one; the search is resumed without it too")
+            raise ValueError("restore_callback_states_from_checkpoint needs a HeteroLoraCallback in Trainer(callbacks=[...]), or "
+                             "an attached one; the search is resumed without it too")
         self.__dict__ = side.callback.__dict__
 
     def _resume(self, state: TrainerState) -> None:

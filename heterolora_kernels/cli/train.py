@@ -189,7 +189,7 @@ def _train(prepared: data.Prepared, model: nn.Module, settings: Mapping, output:
     last = get_last_checkpoint(str(checkpoints)) if resume and checkpoints.is_dir() else None
     if resume and last is None:
         raise FileNotFoundError(f"--resume: {checkpoints} has no checkpoint: begin anew with --overwrite")
-    callback = HeteroLoraCallback()
+    callback = HeteroLoraCallback(at_last_step=False)
     trainer = build_trainer(prepared, settings, checkpoints, callback, config.seed)
     began = time.perf_counter()
     before = {} if resume else _evaluate(trainer, "before")
