@@ -42,7 +42,9 @@ def _imports(name: str) -> set[str]:
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            targets = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            # `from package import module` is about the module, not about the package's own names.
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            targets = [name if name.removeprefix("heterolora_kernels.") in MODULES else node.module for name in names]
         else:
             continue
         for target in targets:

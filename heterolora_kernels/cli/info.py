@@ -169,7 +169,7 @@ def _why_no_shortcuts(model: nn.Module, config: HeteroLoraConfig, layers: list[P
     try:
         check_shortcut_layers(model, wanted, layers)
     except ValueError as error:
-        return str(error)
+        return str(error).removeprefix("shortcuts: ")
     return None
 
 
@@ -196,7 +196,8 @@ def _groups(paths: Iterable[PlannedPath]) -> list[dict]:
 
 
 def _bought(paths: list[PlannedPath], config: HeteroLoraConfig) -> dict:
-    """``[fewest, most]`` paths, rows and parameters that the budget switches on: which ones depends on the scores."""
+    """How many paths, rows and parameters the budget switches on, ``[low, high]``: if the dearest paths score best, and if the
+    cheapest do."""
     costs = {plan.name: _size(plan) for plan in paths}
     kinds = {plan.name: "lora" if plan.site is None else "shortcut" for plan in paths}
     full = {plan.name: plan.r for plan in paths}
@@ -217,7 +218,7 @@ def _bought(paths: list[PlannedPath], config: HeteroLoraConfig) -> dict:
 # ---- as text ----
 
 def _line(label: str, text: object) -> None:
-    print(f"{label:20}{text}")
+    print(f"{label:<19} {text}")
 
 
 def _gib(size: int | None) -> str:
@@ -270,7 +271,8 @@ def _print_model(found: Mapping) -> None:
     if bought is None:
         _line("budget", "none: search is off, every path has its full rank")
     else:
-        _line("budget", f"{bought['budget']} of {bought['unit']} ({bought['ranks']}, {bought['mode']}) switches on "
+        share = f"{100 * bought['budget']:g} % of the" if isinstance(bought["budget"], float) else bought["budget"]
+        _line("budget", f"{share} {bought['unit']} ({bought['ranks']}, {bought['mode']}) switches on "
               f"{_between(bought['paths'])} of {paths} paths, {_between(bought['rows'])} rows, {_between(bought['parameters'])} "
               "parameters")
     sites = found["shortcut_sites"]
@@ -279,5 +281,5 @@ def _print_model(found: Mapping) -> None:
     for name, site in sites["classes"].items():
         joined = " and ".join(site[part] + (f" (behind {site[f'{part}_norm']})" if site[f"{part}_norm"] else "")
                               for part in ("attention", "feed_forward"))
-        _line("shortcuts", f"known for the {site['layers']} layers of class {name}: from the inputs of {site['h']} and {site['f']} "
-              f"to the outputs of {joined}")
+        _line("shortcuts", f"known for the {site['layers']} layers of class {name}: from the inputs of {site['h']} and "
+              f"{site['f']} to the outputs of {joined}")
