@@ -316,8 +316,8 @@ def test_load_best_model_at_end_brings_its_ranks_back(tmp_path):
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-8")
     assert same_bits(snapshot(trainer.model), seen[8]) and not same_bits(seen[8], seen[16])
-
-                                        assert callback.search.ranks == {name: int(trainer.model.get_submodule(name).lora_mask.sum()) for name in callback.search.paths}
+    masks = {name: trainer.model.get_submodule(name).lora_mask for name in callback.search.paths}
+    assert callback.search.ranks == {name: int(mask.sum()) for name, mask in masks.items()}
 
 
 def test_save_model_writes_beside_checkpoints_and_into_the_working_directory(tmp_path, monkeypatch):
