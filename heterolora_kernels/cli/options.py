@@ -53,7 +53,7 @@ def _number(text: str) -> int | float:
         return float(text)
 
 
-def _names(text: str) -> str | list[str]:
+def parse_names(text: str) -> str | list[str]:
     """A list where there are commas; one word without a dot or a wildcard too, but for the two that mean all."""
     if "," in text:
         return [name for name in (part.strip() for part in text.split(",")) if name]
@@ -67,7 +67,7 @@ def _pattern(text: str) -> dict[str, int | float]:
     return {name.strip(): _number(value) for name, _, value in pairs}
 
 
-_TYPES = {"int": int, "float": float, "str": str, "number": _number, "names": _names, "pattern": _pattern, "path": Path}
+_TYPES = {"int": int, "float": float, "str": str, "number": _number, "names": parse_names, "pattern": _pattern, "path": Path}
 
 
 def add_flag(parser, name: str, kind: str, help: str, **more) -> None:
