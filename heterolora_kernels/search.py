@@ -30,7 +30,8 @@ from heterolora_kernels.scoring import (
     probe_rows,
 )
 
-_PROBE_BATCHES = 32  # HeteroLoRA, arXiv 2406.14956: T of the published runs
+#: Batches of a probe: T of the published runs (arXiv 2406.14956).
+PROBE_BATCHES = 32
 _WINDOW_STEPS = 8
 
 
@@ -382,7 +383,7 @@ class RankSearch:
             made.update(statistics="streaming", batches=self._window.steps)
         else:
             loader, limit = (batches, None) if batches is not None else (self._probe_loader(),
-                                                                         self.config.num_batches or _PROBE_BATCHES)
+                                                                         self.config.num_batches or PROBE_BATCHES)
             name = "dataloader" if batches is None else "batches"
             if proxy.own_pass:
                 request = ScoringPass(unwrap(self._model), self._state, loader, limit, measures, per_rank, name)

@@ -295,6 +295,16 @@ def test_search_writes_a_pattern_that_peft_reads_and_train_takes(folder, tmp_pat
     assert {path["scaling"] for path in paths.values()} == {2.0}
 
 
+def test_search_by_alpha_test_shows_its_evaluations(folder, tmp_path, capsys):
+    arguments = pairs(folder, tmp_path / "ranks", "--proxy", "alpha_test", "--train-steps", "2", "--num-batches", "2",
+                      "--budget", "2")
+    assert main(["search", *arguments, "--debug"]) == 0
+    scores = json.loads((tmp_path / "ranks" / "scores.json").read_text())
+    assert set(scores.values()) <= {float(a) for a in range(11)}
+    shown = capsys.readouterr().err
+    assert "evaluations (at most)" in shown and "batches to score with" in shown
+
+
 def test_plot_draws_into_another_folder(run, tmp_path, capsys):
     assert main(["plot", str(run), "--out", str(tmp_path), "--format", "svg"]) == 0
     assert {file.name for file in tmp_path.iterdir()} == {"ranks.svg", "frequency.svg", "churn.svg"}

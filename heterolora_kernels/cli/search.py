@@ -16,13 +16,15 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from heterolora_kernels.allocation import get_allocator
+from heterolora_kernels.alpha_test import accuracy, perplexity
 from heterolora_kernels.cli import data, options, run_folder
-from heterolora_kernels.patching import apply_heterolora, print_trainable_parameters
+from heterolora_kernels.patching import apply_heterolora, print_trainable_parameters, state_of
 from heterolora_kernels.peft_format import CONFIG_NAME
 from heterolora_kernels.plotting import plot_ranks, rank_map
 from heterolora_kernels.save_and_load import peft_config
 from heterolora_kernels.scoring import default_loss
-from heterolora_kernels.search import RankSearch
+from heterolora_kernels.search import PROBE_BATCHES, RankSearch
 
 _SETTINGS = {"batch_size": ("int", 8, "examples of a batch"),
              "train_steps": ("int", 0, "optimizer steps with everything on before scoring: most proxies are 0 before the first"),
@@ -52,6 +54,31 @@ def _train(model: nn.Module, loader: DataLoader, steps: int, lr: float) -> None:
         optimizer.zero_grad()
 
 
+class _Shown:
+    """A loader in the order of the data, with a progress bar whenever it is read."""
+
+    def __init__(self, loader: DataLoader, batches: int):
+        self._loader, self._batches = loader, min(batches, len(loader))
+
+    def __iter__(self):
+        from tqdm import tqdm
+
+        return iter(tqdm(self._loader, total=self._batches, desc="batches to score with"))
+
+
+def _shown_metric(task: str, evaluations: int) -> dict:
+    """Arguments of RankSearch for alpha_test, whose evaluations move a progress bar."""
+    from tqdm import tqdm
+
+    bar = tqdm(total=evaluations, desc="evaluations (at most)")
+
+    def metric(model: nn.Module, batches) -> float:
+        bar.update()
+        return accuracy(model, batches) if task == "classification" else perplexity(model, batches, default_loss)
+
+    return {"metric": metric, "greater_is_better": task == "classification"}
+
+
 def run(args: argparse.Namespace) -> int:
     """The command."""
     settings = options.settings_of(args, {**data.DEFAULTS, **{name: default for name, (_, default, _) in _SETTINGS.items()}})
@@ -63,7 +90,11 @@ def run(args: argparse.Namespace) -> int:
         model.cuda()
     loader = DataLoader(prepared.train, settings["batch_size"], shuffle=True, collate_fn=prepared.collate,
                         generator=torch.Generator().manual_seed(config.seed))
-    search = RankSearch(model, dataloader=loader)
+    units = state_of(model).paths.values()
+    measures = {} if config.proxy != "alpha_test" else _shown_metric(
+        prepared.task, 1 + 4 * (sum(path.r for path in units) if get_allocator(config.ranks).per_rank else len(units)))
+    head = DataLoader(prepared.train, settings["batch_size"], collate_fn=prepared.collate)
+    search = RankSearch(model, dataloader=_Shown(head, config.num_batches or PROBE_BATCHES), **measures)
     if settings["train_steps"]:
         _train(model, loader, settings["train_steps"], settings["lr"])
     print(f"scoring {len(search.paths)} paths by {config.proxy}")
