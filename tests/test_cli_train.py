@@ -202,6 +202,18 @@ def test_errors_are_one_line_and_name_the_flag(folder, tmp_path, capsys, change,
     assert message in fails(capsys, "train", *arguments)
 
 
+def test_an_empty_cell_is_named(folder, tmp_path, capsys):
+    (tmp_path / "gap.csv").write_text("a,b,label\nthe cat,the dog,yes\n,the dog,no\n")
+    arguments = pairs(folder, tmp_path / "run")
+    arguments[3] = str(tmp_path / "gap.csv")
+    del arguments[8:10]  # --validation-split
+    assert "column 'a' must hold texts" in fails(capsys, "train", *arguments)
+
+
+def test_a_run_that_diverges_says_so(folder, tmp_path, capsys):
+    assert "the run diverged" in fails(capsys, "train", *pairs(folder, tmp_path / "run", "--lr", "1e38", "--max-steps", "4"))
+
+
 def test_a_toml_file_with_an_unknown_key_is_refused(folder, tmp_path, capsys):
     (tmp_path / "run.toml").write_text("luck = 3\n")
     assert "there is no setting 'luck'" in fails(capsys, "train", "--config", str(tmp_path / "run.toml"), "--output", "x")

@@ -108,6 +108,15 @@ def test_inactive_paths_are_saved_too(tmp_path):
     assert same_bits(saved, expected) and len(expected) == 3 * len(path_names(model))
 
 
+@pytest.mark.parametrize("format", ["native", "peft"])
+def test_every_file_is_as_readable_as_any_other(format, tmp_path):
+    (tmp_path / "any").touch()
+    hlk.save_adapter(trained("llama", shortcuts=()), tmp_path / "adapter", format)
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "adapter").iterdir()
+             if format != "merged" or "json" in path.name}
+    assert modes and set(modes.values()) == {(tmp_path / "any").stat().st_mode}
+
+
 def test_heads_are_saved_with_their_buffers(tmp_path):
     model = nn.ModuleDict({"body": nn.Linear(5, 5), "score": nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4))})
     fresh = copy.deepcopy(model)

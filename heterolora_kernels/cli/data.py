@@ -195,12 +195,21 @@ def load_model(settings: Mapping, task: str, labels: list[str]) -> nn.Module:
         label2id={name: index for index, name in enumerate(labels)}))
 
 
+def _checked_texts(batch: Mapping, column: str) -> list[str]:
+    odd = [value for value in batch[column] if not isinstance(value, str)]
+    if odd:
+        raise ValueError(f"--text-columns: column {column!r} must hold texts, and has {odd[0]!r}"
+                         f"{' (an empty cell)' if odd[0] is None else ''}")
+    return batch[column]
+
+
 def _examples(part, tokenizer, settings: Mapping, labels: list[str]):
     columns, label = _text_columns(settings), settings["label_column"]
     has_names = hasattr(part.features[label], "names")
 
     def encode(batch: Mapping) -> dict:
-        encoded = tokenizer(*(batch[column] for column in columns), truncation=True, max_length=settings["max_length"])
+        texts = [_checked_texts(batch, column) for column in columns]
+        encoded = tokenizer(*texts, truncation=True, max_length=settings["max_length"])
         return {**encoded, "labels": batch[label] if has_names else [labels.index(str(value)) for value in batch[label]]}
 
     return part.map(encode, batched=True, remove_columns=part.column_names, desc="tokenise")
@@ -211,7 +220,7 @@ def _blocks(part, tokenizer, column: str, size: int):
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def encode(batch: Mapping) -> dict:
-        rows = tokenizer(batch[column], add_special_tokens=False)["input_ids"]
+        rows = tokenizer(_checked_texts(batch, column), add_special_tokens=False)["input_ids"]
         ids = [token for row in rows for token in (*row, *end)]
         blocks = [ids[i:i + size] for i in range(0, len(ids) - size + 1, size)]
         return {"input_ids": blocks, "labels": [list(block) for block in blocks]}

@@ -203,6 +203,11 @@ def _train(prepared: data.Prepared, model: nn.Module, settings: Mapping, output:
         print(f"\nstopped after {trainer.state.global_step} of {trainer.state.max_steps} steps. The adapter so far is in "
               f"{output / 'adapter'}; go on with\n  heterolora train --resume --output {output}")
         return 130
+    broken = [name for name, parameter in model.named_parameters()
+              if parameter.requires_grad and not bool(torch.isfinite(parameter).all())]
+    if broken:
+        raise FloatingPointError(f"the run diverged: {len(broken)} trained tensors are not finite ({broken[0]}, ...); its "
+                                 f"checkpoints are in {checkpoints}. Try a smaller --lr")
     after = _evaluate(trainer, "after")
     metrics = {**before, **after, "train_loss": result.training_loss, "steps": trainer.state.global_step,
                "seconds": round(time.perf_counter() - began, 1), **run_folder.peak_memory(), **run_folder.budget_reached(model),
