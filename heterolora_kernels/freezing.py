@@ -99,6 +99,7 @@ class StepHooks:
     Attributes:
         observers: objects with ``before_step(optimizer)``, held weakly.
         driven: whether a search has been stepped (static: started).
+        steps: optimizer steps that held adapters.
     """
 
     def __init__(self) -> None:
@@ -109,7 +110,7 @@ class StepHooks:
         self._saved: list[tuple[Tensor, int, Tensor, dict[int, tuple[Tensor, Tensor]]]] = []
         #: ``{parameter: rows}`` whose optimizer state starts anew at the next step.
         self._resets: dict[str, list[bool]] = {}
-        self._steps = 0
+        self.steps = 0
 
     def __getstate__(self) -> dict:
         return {}
@@ -231,12 +232,12 @@ class StepHooks:
         if not _paths_of(optimizer, list(state.paths.values())):
             return
         self._restore_rows(optimizer)
-        self._steps += 1
-        if state.config.search != "off" and not self.driven and self._steps == _STEPS_BEFORE_WARNING:
+        self.steps += 1
+        if state.config.search != "off" and not self.driven and self.steps == _STEPS_BEFORE_WARNING:
             missed = "step" if state.config.search == "dynamic" else "start"
             when = "after optimizer.step()" if missed == "step" else "before training"
             warnings.warn(
-                f"{self._steps} optimizer steps and search.{missed}() was never called: no rank is being chosen. Use "
+                f"{self.steps} optimizer steps and search.{missed}() was never called: no rank is being chosen. Use "
                 f"HeteroLoraCallback with the HF Trainer, call RankSearch.{missed}() {when}, or set search='off'", stacklevel=2)
 
 

@@ -20,9 +20,11 @@ def _matches(name: str, patterns: str | Sequence[str]) -> bool:
 
 
 def _pattern_value(name: str, pattern: Mapping[str, float], default):
-    """The value of the first key that is the name, a suffix of it, or a regular expression that its end matches (PEFT's rule)."""
+    """The value of the key that is the name, else of the first that is a suffix of it or that its end matches (PEFT's rule)."""
+    if name in pattern:
+        return pattern[name]
     for key, value in pattern.items():
-        if name == key or re.match(rf"(.*\.)?({key})$", name):
+        if re.match(rf"(.*\.)?({key})$", name):
             return value
     return default
 

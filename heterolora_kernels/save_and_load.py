@@ -126,9 +126,9 @@ def peft_config(model: nn.Module) -> dict:
 
 def _warn_if_unused(state: HeteroLoraState) -> None:
     hooks = state.step_hooks
-    if state.config.search != "off" and hooks._steps > 0 and not hooks.driven:
+    if state.config.search != "off" and hooks.steps > 0 and not hooks.driven:
         missed = "step" if state.config.search == "dynamic" else "start"
-        warnings.warn(f"{hooks._steps} optimizer steps were taken and search.{missed}() was never called: no rank was chosen. "
+        warnings.warn(f"{hooks.steps} optimizer steps were taken and search.{missed}() was never called: no rank was chosen. "
                       f"Use HeteroLoraCallback with the HF Trainer, call RankSearch.{missed}(), or set search='off'",
                       stacklevel=3)
 
