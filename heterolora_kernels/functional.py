@@ -108,7 +108,7 @@ def lora_linear_group(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Ten
     Returns:
         One tensor [..., N_i] per weight.
     """
-    flat, name = _flat(x), resolve(x.device, backend)
+    flat, name = _flat(x), resolve(x.device, backend, x.dtype)
     # F.linear adds the bias after the product where x is strided and of more than two dimensions, and inside it
     # elsewhere; the reference promises the bits of F.linear.
     bias_last = name == "reference" and x.dim() > 2 and not x.is_contiguous()
@@ -135,6 +135,6 @@ def lora_delta(base_out: Tensor, sources: Sequence[Tensor], lora_A: Sequence[Ten
     flat = _flat(base_out)
     # No path reads x here, it only tells M and the dtype: detached, it asks for no gradient and is no duplicate input.
     outs = call_lora_delta(
-        resolve(base_out.device, backend), flat.detach(), [flat], [_flat(u) for u in sources], list(lora_A), list(lora_B),
-        scaling, gate, active, rng, [0] * len(lora_A), list(range(len(sources))), dropout_p, probe)
+        resolve(base_out.device, backend, base_out.dtype), flat.detach(), [flat], [_flat(u) for u in sources], list(lora_A),
+        list(lora_B), scaling, gate, active, rng, [0] * len(lora_A), list(range(len(sources))), dropout_p, probe)
     return outs[0].reshape(base_out.shape)

@@ -6,6 +6,7 @@ is part of the op's name from then on; so backward passes, recomputes and compil
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,26 +22,33 @@ class Backend:
         name: suffix of its ops.
         module: imported at the first use; importing it defines and registers the ops.
         device_types: ``torch.device.type`` of the tensors it takes; empty for any.
+        dtypes: those of x; empty for any.
         why_unavailable: returns None where it can run, else the reason in one line.
     """
 
     name: str
     module: str
     device_types: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = ()
     why_unavailable: Callable[[], str | None] = lambda: None
 
-    def takes(self, device: torch.device) -> bool:
-        return not self.device_types or device.type in self.device_types
+    def takes(self, device_type: str, dtype: torch.dtype | None = None) -> bool:
+        """Whether it can compute on a kind of device, and with a dtype of x (None: any)."""
+        return ((not self.device_types or device_type in self.device_types)
+                and (dtype is None or not self.dtypes or dtype in self.dtypes))
 
 
 _backends: dict[str, Backend] = {}
 _loaded: set[str] = set()
 _chosen: list[str | None] = [None]
+#: What the automatic choice found, since every forward call asks.
+_preferred: dict[tuple[str, torch.dtype | None], str] = {}
 
 
 def register_backend(backend: Backend) -> None:
     """Add a backend. Those registered later are preferred where several take a device."""
     _backends[backend.name] = backend
+    _preferred.clear()
 
 
 def available_backends() -> list[str]:
@@ -88,17 +96,33 @@ def _require(name: str) -> Backend:
     return _backends[name]
 
 
-def resolve(device: torch.device, backend: str | None = None) -> str:
-    """The backend of a forward call on ``device``: the one asked for, the chosen one, else the first that takes it."""
+def resolve(device: torch.device, backend: str | None = None, dtype: torch.dtype | None = None) -> str:
+    """The backend of a forward call on ``device``: the one asked for, the chosen one, else the first that takes it.
+
+    Args:
+        dtype: of x; None asks for none in particular. A chosen backend that does not take it raises a TypeError.
+    """
     name = backend if backend is not None else _chosen[0]
-    if name is not None:
-        found = _require(name)
-        if not found.takes(device):
-            raise RuntimeError(f"backend {name!r} takes tensors on {list(found.device_types)}, got {device}")
-    else:
-        found = next(b for b in reversed(_backends.values()) if b.takes(device) and b.why_unavailable() is None)
+    if name is None:
+        return _automatic(device.type, dtype)
+    found = _require(name)
+    if not found.takes(device.type):
+        raise RuntimeError(f"backend {name!r} takes tensors on {list(found.device_types)}, got {device}")
+    if not found.takes(device.type, dtype):
+        raise TypeError(f"backend {name!r} takes x of {[str(d) for d in found.dtypes]}, got {dtype}")
     _load(found.name)
     return found.name
+
+
+@torch.compiler.assume_constant_result
+def _automatic(device_type: str, dtype: torch.dtype | None) -> str:
+    """The preferred backend, loaded; under torch.compile while tracing, since neither a probe nor an import can be traced."""
+    name = _preferred.get((device_type, dtype))
+    if name is None:
+        name = next(b.name for b in reversed(_backends.values()) if b.takes(device_type, dtype) and b.why_unavailable() is None)
+        _load(name)
+        _preferred[device_type, dtype] = name
+    return name
 
 
 @torch.compiler.assume_constant_result
@@ -110,4 +134,19 @@ def _load(name: str) -> bool:
     return True
 
 
+@functools.cache
+def _cpu_missing() -> str | None:
+    """Why the compiled extension cannot be used; loads it, so it is asked when a backend is needed and not before."""
+    try:
+        importlib.import_module("heterolora_kernels._C")
+    except ModuleNotFoundError:
+        return ("the package was installed without its compiled kernels; with a C++ compiler at hand: "
+                "pip install --no-build-isolation heterolora_kernels")
+    except ImportError as error:
+        return f"heterolora_kernels._C does not load with torch {torch.__version__} (build it again): {str(error).splitlines()[0]}"
+    return None
+
+
 register_backend(Backend("reference", "heterolora_kernels.backends.reference"))
+register_backend(Backend("cpu", "heterolora_kernels.backends.cpu", ("cpu",), (torch.float32, torch.bfloat16, torch.float16),
+                         _cpu_missing))

@@ -1,0 +1,81 @@
+// The vectors of AVX-512 (F, BW, DQ, VL); included after the target is set.
+#pragma once
+
+#include <immintrin.h>
+
+#include "kernels_impl.h"
+
+namespace hlk {
+namespace {
+
+struct Avx512 {
+    static constexpr int W = 16;
+    // 12 x 2 accumulators, 2 vectors of the right operand, and room for broadcasts in 32 registers.
+    static constexpr int MAX_ROWS = 12;
+    using F = __m512;
+    using U = __m512i;
+
+    static F zero() { return _mm512_setzero_ps(); }
+    static F set1(float x) { return _mm512_set1_ps(x); }
+    static F load(const float* p) { return _mm512_loadu_ps(p); }
+    static F load_bf16(const uint16_t* p) {
+        const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    }
+    static F load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+    static void store(float* p, F f) { _mm512_storeu_ps(p, f); }
+    static __m256i to_bf16(F f) {
+        const U bits = _mm512_castps_si512(f);
+        const U odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        U rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))), 16);
+        const U quiet = _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
+        rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q), quiet);
+        return _mm512_cvtepi32_epi16(rounded);
+    }
+    static void store_bf16(uint16_t* p, F f) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(f)); }
+    static void store_f16(uint16_t* p, F f) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT));
+    }
+    static F add(F a, F b) { return _mm512_add_ps(a, b); }
+    static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+    static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+    static F abs(F a) { return _mm512_abs_ps(a); }
+    static float sum(F a) { return _mm512_reduce_add_ps(a); }
+    static F keep(F a, uint64_t bits) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), a); }
+    static F as_floats(U u) { return _mm512_castsi512_ps(u); }
+    static U as_units(F f) { return _mm512_castps_si512(f); }
+    static U zero_units() { return _mm512_setzero_si512(); }
+    static U load_units(const void* p) { return _mm512_loadu_si512(p); }
+    static void store_units(uint32_t* p, U u) { _mm512_storeu_si512(p, u); }
+    static void store_units(uint32_t* p, U u, int64_t count) {
+        _mm512_mask_storeu_epi32(p, static_cast<__mmask16>((1u << count) - 1), u);
+    }
+    static U broadcast(const uint32_t* p) { return _mm512_set1_epi32(static_cast<int>(*p)); }
+    static void transpose(U* r) {
+        U t[16], s[16];
+        for (int i = 0; i < 16; i += 2) {
+            t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+            t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+        }
+        for (int i = 0; i < 16; i += 4) {
+            s[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+            s[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+            s[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+            s[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+        }
+        // s[4 g + c]: rows 4 g ... 4 g + 3, columns c, c + 4, c + 8, c + 12, one in each 128-bit lane.
+        for (int c = 0; c < 4; ++c) {
+            const U low = _mm512_shuffle_i32x4(s[c], s[4 + c], 0x88);        // columns c, c + 8 of rows 0-3, 4-7
+            const U high = _mm512_shuffle_i32x4(s[c], s[4 + c], 0xDD);       // columns c + 4, c + 12
+            const U low2 = _mm512_shuffle_i32x4(s[8 + c], s[12 + c], 0x88);
+            const U high2 = _mm512_shuffle_i32x4(s[8 + c], s[12 + c], 0xDD);
+            r[c] = _mm512_shuffle_i32x4(low, low2, 0x88);
+            r[8 + c] = _mm512_shuffle_i32x4(low, low2, 0xDD);
+            r[4 + c] = _mm512_shuffle_i32x4(high, high2, 0x88);
+            r[12 + c] = _mm512_shuffle_i32x4(high, high2, 0xDD);
+        }
+    }
+};
+
+}  // namespace
+}  // namespace hlk
