@@ -13,10 +13,10 @@
 #include <cmath>
 #include <cstring>
 #include <exception>
-#include <mutex>
 #include <tuple>
 
 #include "cpu/lora_linear.h"
+#include "cpu/row_statistics.h"
 
 namespace {
 
@@ -86,12 +86,28 @@ hlk::Parallel torch_threads() {
             }};
 }
 
+// As Python writes it, so that messages are the same on every backend.
+std::string dtype_name(at::ScalarType dtype) {
+    switch (dtype) {
+        case at::kFloat: return "torch.float32";
+        case at::kDouble: return "torch.float64";
+        case at::kBFloat16: return "torch.bfloat16";
+        case at::kHalf: return "torch.float16";
+        case at::kInt: return "torch.int32";
+        case at::kLong: return "torch.int64";
+        case at::kByte: return "torch.uint8";
+        default: return c10::toString(dtype);
+    }
+}
+
 hlk::DType dtype_of(const char* name, const Tensor& tensor) {
     switch (tensor.scalar_type()) {
         case at::kFloat: return hlk::DType::f32;
         case at::kBFloat16: return hlk::DType::bf16;
         case at::kHalf: return hlk::DType::f16;
-        default: TORCH_CHECK_TYPE(false, name, " must be float32, bfloat16 or float16 on the cpu backend, got ", tensor.scalar_type());
+        default:
+            TORCH_CHECK_TYPE(false, name, " must be float32, bfloat16 or float16 on the cpu backend, got ",
+                             dtype_name(tensor.scalar_type()));
     }
 }
 
@@ -128,14 +144,15 @@ struct Shared {
 };
 
 void check_like(const char* name, int64_t index, const Tensor& tensor, const Tensor& x) {
-    TORCH_CHECK_TYPE(tensor.scalar_type() == x.scalar_type(), name, "[", index, "] must have the dtype of x (", x.scalar_type(),
-                     "), got ", tensor.scalar_type());
+    TORCH_CHECK_TYPE(tensor.scalar_type() == x.scalar_type(), name, "[", index, "] must have the dtype of x (", dtype_name(x.scalar_type()),
+                     "), got ", dtype_name(tensor.scalar_type()));
     TORCH_CHECK_VALUE(tensor.device() == x.device(), name, "[", index, "] must be on the device of x (", x.device(), "), got ",
                       tensor.device());
 }
 
 void check_vector(const char* name, const Tensor& tensor, at::ScalarType dtype, int64_t size) {
-    TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, name, " must be ", dtype, ", got ", tensor.scalar_type());
+    TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, name, " must be ", dtype_name(dtype), ", got ",
+                     dtype_name(tensor.scalar_type()));
     TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.size(0) == size, name, " must have shape [", size, "], got ", tensor.sizes());
     TORCH_CHECK_VALUE(tensor.device().is_cpu(), name, " must be on the device of x (cpu), got ", tensor.device());
 }
@@ -198,7 +215,7 @@ void describe_paths(Call& call, const Tensor& x, const Shared& s) {
         TORCH_CHECK_VALUE(b.dim() == 2 && b.size(0) == out && b.size(1) == a.size(0), "lora_B[", p, "] must be [", out, ", ",
                           a.size(0), "], got shape ", b.sizes());
         TORCH_CHECK_TYPE(b.scalar_type() == a.scalar_type(), "lora_B[", p, "] must have the dtype of lora_A[", p, "] (",
-                         a.scalar_type(), "), got ", b.scalar_type());
+                         dtype_name(a.scalar_type()), "), got ", dtype_name(b.scalar_type()));
         TORCH_CHECK_VALUE(a.device().is_cpu(), "lora_A[", p, "] must be on the device of x (cpu), got ", a.device());
         TORCH_CHECK_VALUE(b.device().is_cpu(), "lora_B[", p, "] must be on the device of x (cpu), got ", b.device());
         path.rank = a.size(0);
@@ -257,12 +274,14 @@ void place_mask(hlk::Group& g, uint8_t* data, bool written) {
 
 // ---- packed weights ----
 
-// What stands before the units of a pack: for what it was made.
+// What stands before the units of a pack: for what it was made. Not everything that changes a weight raises its version (writes
+// through .data, and all under inference_mode), and an address is used again: hence the sample of the bits.
 struct PackHeader {
     uint64_t fingerprint;
-    int64_t out_features, in_features;
+    const void* address;
+    int64_t version, out_features, in_features;
     int32_t unit, lanes, for_forward, magic;
-    uint8_t padding[24];
+    uint8_t padding[8];
 };
 static_assert(sizeof(PackHeader) == 64, "the units behind it stay aligned");
 constexpr int32_t pack_magic = 0x484C4B31;
@@ -282,6 +301,8 @@ uint64_t fingerprint(const hlk::Weight& weight, int64_t rows, int64_t columns) {
     return hash;
 }
 
+int64_t version_of(const Tensor& tensor) { return tensor.is_inference() ? 0 : tensor._version(); }
+
 hlk::Weight weight_of(Call& call, const Tensor& weight) {
     hlk::Weight result;
     if (weight.stride(1) != 1 && weight.stride(0) == 1) {
@@ -293,46 +314,62 @@ hlk::Weight weight_of(Call& call, const Tensor& weight) {
     return result;
 }
 
-const uint32_t* usable_pack(const Tensor& pack, const hlk::Engine& engine, const hlk::Weight& weight, int64_t out_features,
-                            int64_t in_features, uint64_t print, bool for_forward) {
-    if (pack.scalar_type() != at::kByte || !pack.is_contiguous() || !pack.device().is_cpu()) return nullptr;
-    const int64_t columns = for_forward ? out_features : in_features, depth = for_forward ? in_features : out_features;
-    const int64_t bytes = sizeof(PackHeader) + 4 * hlk::packed_units(engine, columns, depth);
-    if (pack.numel() != bytes) return nullptr;
-    const auto* header = static_cast<const PackHeader*>(pack.const_data_ptr());
-    const bool fits = header->magic == pack_magic && header->fingerprint == print && header->out_features == out_features &&
-                      header->in_features == in_features && header->unit == engine.unit && header->lanes == engine.lanes &&
-                      header->for_forward == for_forward;
-    return fits ? reinterpret_cast<const uint32_t*>(header + 1) : nullptr;
+PackHeader header_of(const hlk::Engine& engine, const Tensor& weight, const hlk::Weight& values) {
+    const int64_t out = weight.size(0), in = weight.size(1);
+    const uint64_t print = values.transposed ? fingerprint(values, in, out) : fingerprint(values, out, in);
+    return {print, weight.const_data_ptr(), version_of(weight), out, in, engine.unit, engine.lanes, 0, pack_magic, {}};
 }
 
-Tensor make_pack(const Tensor& weight, bool for_forward) {
-    TORCH_CHECK_VALUE(weight.dim() == 2 && weight.device().is_cpu(), "weight must be [N, K] on the cpu, got ", weight.sizes(), " on ",
-                      weight.device());
-    Call call;
-    const hlk::Engine& engine = hlk::engine_for(isa(), dtype_of("weight", weight));
-    const hlk::Weight source = weight_of(call, weight);
-    const int64_t out = weight.size(0), in = weight.size(1);
-    const int64_t columns = for_forward ? out : in, depth = for_forward ? in : out;
-    Tensor pack = at::empty({static_cast<int64_t>(sizeof(PackHeader)) + 4 * hlk::packed_units(engine, columns, depth)},
-                            at::TensorOptions().dtype(at::kByte));
+int64_t pack_bytes(const hlk::Engine& engine, const Tensor& weight, bool for_forward) {
+    const int64_t columns = weight.size(for_forward ? 0 : 1), depth = weight.size(for_forward ? 1 : 0);
+    return sizeof(PackHeader) + 4 * hlk::packed_units(engine, columns, depth);
+}
+
+// The units of a pack, or nullptr where it was not made for this weight as it is now and this engine.
+const uint32_t* usable_pack(const Tensor& pack, const hlk::Engine& engine, const Tensor& weight, PackHeader wanted, bool for_forward) {
+    if (pack.scalar_type() != at::kByte || !pack.is_contiguous() || !pack.device().is_cpu()) return nullptr;
+    if (pack.numel() != pack_bytes(engine, weight, for_forward)) return nullptr;
+    wanted.for_forward = for_forward;
+    const void* header = pack.const_data_ptr();
+    if (std::memcmp(header, &wanted, sizeof(PackHeader)) != 0) return nullptr;
+    return reinterpret_cast<const uint32_t*>(static_cast<const PackHeader*>(header) + 1);
+}
+
+Tensor make_pack(const hlk::Engine& engine, const Tensor& weight, const hlk::Weight& values, bool for_forward) {
+    Tensor pack = at::empty({pack_bytes(engine, weight, for_forward)}, at::TensorOptions().dtype(at::kByte));
     auto* header = static_cast<PackHeader*>(pack.mutable_data_ptr());
-    const auto rows = source.transposed ? in : out;
-    *header = PackHeader{fingerprint(source, rows, source.transposed ? out : in), out, in, engine.unit, engine.lanes, for_forward,
-                         pack_magic, {}};
-    hlk::pack_weight(engine, source, out, in, for_forward, reinterpret_cast<uint32_t*>(header + 1), torch_threads());
+    *header = header_of(engine, weight, values);
+    header->for_forward = for_forward;
+    hlk::pack_weight(engine, values, weight.size(0), weight.size(1), for_forward, reinterpret_cast<uint32_t*>(header + 1),
+                     torch_threads());
     return pack;
 }
 
-std::vector<Tensor> cpu_pack_weight(const Tensor& weight) { return {make_pack(weight, true), make_pack(weight, false)}; }
-
-// Whether the units of a dtype have its size: else a pack would be larger than the weight.
-bool cpu_packs(at::ScalarType dtype) {
-    if (dtype == at::kFloat) return true;
-    return dtype == at::kBFloat16 && hlk::engine_for(isa(), hlk::DType::bf16).unit == 2;
+void check_packable(const Tensor& weight) {
+    TORCH_CHECK_VALUE(weight.dim() == 2 && weight.device().is_cpu(), "weight must be [N, K] on the cpu, got ", weight.sizes(), " on ",
+                      weight.device());
 }
 
-void describe_linears(Call& call, const Tensor& x, TensorList weights, TensorList packs, TensorList biases, int64_t few) {
+// Bytes of cpu_pack_weight's tensors; 0 where a dtype's units are wider than its elements: the pack would be larger than the weight.
+int64_t cpu_packed_bytes(const Tensor& weight, bool needs_grad) {
+    check_packable(weight);
+    const auto dtype = weight.scalar_type();
+    if (dtype != at::kFloat && dtype != at::kBFloat16) return 0;
+    const hlk::Engine& engine = hlk::engine_for(isa(), dtype_of("weight", weight));
+    if (engine.unit * hlk::size_of(dtype_of("weight", weight)) != 4) return 0;
+    return pack_bytes(engine, weight, true) + (needs_grad ? pack_bytes(engine, weight, false) : 0);
+}
+
+std::vector<Tensor> cpu_pack_weight(const Tensor& weight, bool needs_grad) {
+    check_packable(weight);
+    Call call;
+    const hlk::Engine& engine = hlk::engine_for(isa(), dtype_of("weight", weight));
+    const hlk::Weight values = weight_of(call, weight);
+    return {make_pack(engine, weight, values, true),
+            needs_grad ? make_pack(engine, weight, values, false) : at::empty({0}, at::TensorOptions().dtype(at::kByte))};
+}
+
+void describe_linears(Call& call, const Tensor& x, TensorList weights, TensorList packs, TensorList biases) {
     TORCH_CHECK_VALUE(x.dim() == 2, "x must be [M, K], got shape ", x.sizes());
     TORCH_CHECK_VALUE(!weights.empty(), "weights must hold at least one weight, got none");
     TORCH_CHECK_VALUE(packs.empty() || packs.size() == 2 * weights.size(), "packs must be empty or hold two tensors per weight (",
@@ -350,13 +387,10 @@ void describe_linears(Call& call, const Tensor& x, TensorList weights, TensorLis
         output.columns = weight.size(0);
         output.has_weight = true;
         output.weight = weight_of(call, weight);
-        if (!packs.empty() && x.size(0) > few) {
-            const bool transposed = output.weight.transposed;
-            const uint64_t print = fingerprint(output.weight, transposed ? weight.size(1) : weight.size(0),
-                                               transposed ? weight.size(0) : weight.size(1));
-            output.weight.forward_pack = usable_pack(packs[2 * i], engine, output.weight, weight.size(0), weight.size(1), print, true);
-            output.weight.backward_pack =
-                usable_pack(packs[2 * i + 1], engine, output.weight, weight.size(0), weight.size(1), print, false);
+        if (!packs.empty() && x.size(0) > hlk::few_rows) {
+            const PackHeader wanted = header_of(engine, weight, output.weight);
+            output.weight.forward_pack = usable_pack(packs[2 * i], engine, weight, wanted, true);
+            output.weight.backward_pack = usable_pack(packs[2 * i + 1], engine, weight, wanted, false);
         }
         if (bias.numel() == 0 && output.columns != 0) continue;
         TORCH_CHECK_VALUE(bias.dim() == 1 && bias.size(0) == output.columns, "biases[", i, "] must be [", output.columns,
@@ -417,12 +451,12 @@ Backward run_backward(Call& call, TensorList grad_outs, const Tensor& x, const S
     }
     TORCH_CHECK_VALUE(hidden.dim() == 2 && hidden.size(0) == g.rows && hidden.size(1) == g.hidden_ld, "hidden must be [", g.rows, ", ",
                       g.hidden_ld, "], got ", hidden.sizes(), ": was the forward run without Flags.SAVE?");
-    TORCH_CHECK_TYPE(hidden.scalar_type() == x.scalar_type(), "hidden must have the dtype of x (", x.scalar_type(), "), got ",
-                     hidden.scalar_type());
+    TORCH_CHECK_TYPE(hidden.scalar_type() == x.scalar_type(), "hidden must have the dtype of x (", dtype_name(x.scalar_type()), "), got ",
+                     dtype_name(hidden.scalar_type()));
     TORCH_CHECK_VALUE(hidden.device().is_cpu(), "hidden must be on the device of x (cpu), got ", hidden.device());
     const Tensor hidden_rows = hidden.contiguous();
     g.hidden = const_cast<void*>(hidden_rows.const_data_ptr());
-    TORCH_CHECK_TYPE(mask.scalar_type() == at::kByte, "mask must be torch.uint8, got ", mask.scalar_type());
+    TORCH_CHECK_TYPE(mask.scalar_type() == at::kByte, "mask must be torch.uint8, got ", dtype_name(mask.scalar_type()));
     const Tensor mask_rows = mask.contiguous();
     if (g.dropout) {
         TORCH_CHECK_VALUE(mask.dim() == 2 && mask.size(0) == g.rows && mask.size(1) == mask_width(g), "mask must be [", g.rows, ", ",
@@ -471,7 +505,7 @@ Forward lora_linear(const Tensor& x, TensorList weights, TensorList packs, Tenso
                     const std::optional<Tensor>& rng, at::IntArrayRef path_output, at::IntArrayRef path_source, double dropout_p,
                     int64_t flags) {
     Call call;
-    describe_linears(call, x, weights, packs, biases, hlk::few_rows);
+    describe_linears(call, x, weights, packs, biases);
     describe_paths(call, x, {sources, lora_A, lora_B, scaling, gate, active, rng, path_output, path_source, dropout_p, flags});
     return run_forward(call, x, flags);
 }
@@ -483,7 +517,7 @@ Backward lora_linear_backward(TensorList grad_outs, const Tensor& x, TensorList 
                               const Tensor& mask, int64_t needs) {
     Call call;
     const Shared shared{sources, lora_A, lora_B, scaling, gate, active, rng, path_output, path_source, dropout_p, flags};
-    describe_linears(call, x, weights, packs, biases, hlk::few_rows);
+    describe_linears(call, x, weights, packs, biases);
     describe_paths(call, x, shared);
     return run_backward(call, grad_outs, x, shared, hidden, mask, needs);
 }
@@ -508,6 +542,41 @@ Backward lora_delta_backward(TensorList grad_outs, const Tensor& x, TensorList b
     return run_backward(call, grad_outs, x, shared, hidden, mask, needs);
 }
 
+// ---- statistics of accumulated gradients ----
+
+Tensor cpu_row_statistics(TensorList lora_A, TensorList lora_B, TensorList grad_A, TensorList grad_B) {
+    const size_t paths = lora_A.size();
+    TORCH_CHECK_VALUE(lora_B.size() == paths && grad_A.size() == paths && grad_B.size() == paths,
+                      "lora_B, grad_A and grad_B must have one entry per path (", paths, ")");
+    std::vector<Tensor> held;
+    const auto pointer = [&](const char* name, size_t p, const Tensor& tensor, const Tensor& like) {
+        TORCH_CHECK_VALUE(tensor.dim() == 2 && tensor.sizes() == like.sizes() && tensor.device().is_cpu(), name, "[", p, "] must be ",
+                          like.sizes(), " on the cpu, got ", tensor.sizes(), " on ", tensor.device());
+        TORCH_CHECK_TYPE(tensor.scalar_type() == lora_A[p].scalar_type(), name, "[", p, "] must be ", dtype_name(lora_A[p].scalar_type()), ", got ",
+                         dtype_name(tensor.scalar_type()));
+        held.push_back(tensor.contiguous());
+        return held.back().const_data_ptr();
+    };
+    int64_t rows = 0;
+    std::vector<hlk::PathGradients> gradients;
+    for (size_t p = 0; p < paths; ++p) {
+        const Tensor &a = lora_A[p], &b = lora_B[p];
+        TORCH_CHECK_VALUE(a.dim() == 2 && b.dim() == 2 && b.size(1) == a.size(0), "lora_A[", p, "] must be [r, K] and lora_B[", p,
+                          "] [N, r], got ", a.sizes(), " and ", b.sizes());
+        gradients.push_back({pointer("lora_A", p, a, a), pointer("lora_B", p, b, b), pointer("grad_A", p, grad_A[p], a),
+                             pointer("grad_B", p, grad_B[p], b), dtype_of("lora_A", a), a.size(0), a.size(1), b.size(0), nullptr});
+        rows += a.size(0);
+    }
+    Tensor stats = at::empty({rows, hlk::num_stats_columns}, at::TensorOptions().dtype(at::kFloat));
+    float* row = stats.mutable_data_ptr<float>();
+    for (hlk::PathGradients& path : gradients) {
+        path.stats = row;
+        row += path.rank * hlk::num_stats_columns;
+    }
+    torch_threads().run(paths, [&](int64_t p) { hlk::row_statistics(gradients[p]); });
+    return stats;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(heterolora_kernels, m) {
@@ -516,8 +585,9 @@ TORCH_LIBRARY_FRAGMENT(heterolora_kernels, m) {
     m.def("cpu_isa_missing(str name) -> str", &cpu_isa_missing);
     m.def("set_cpu_isa(str name) -> ()", &set_cpu_isa);
     m.def("cpu_stats_columns() -> str[]", &cpu_stats_columns);
-    m.def("cpu_packs(ScalarType dtype) -> bool", &cpu_packs);
-    m.def("cpu_pack_weight(Tensor weight) -> Tensor[]", &cpu_pack_weight);
+    m.def("cpu_packed_bytes(Tensor weight, bool needs_grad) -> int", &cpu_packed_bytes);
+    m.def("cpu_pack_weight(Tensor weight, bool needs_grad) -> Tensor[]", &cpu_pack_weight);
+    m.def("cpu_row_statistics(Tensor[] lora_A, Tensor[] lora_B, Tensor[] grad_A, Tensor[] grad_B) -> Tensor", &cpu_row_statistics);
 }
 
 TORCH_LIBRARY_IMPL(heterolora_kernels, CPU, m) {

@@ -121,6 +121,8 @@ class HeteroLoraConfig:
         on_reactivate: what is switched on again goes on with its optimizer state (``"keep"``) or with a fresh one
             (``"reset"``).
         synflow_target: ``"outputs"`` (the sum of the outputs) or ``"loss"`` (the task's loss, as published).
+        pack: copies of frozen weights in the order in which a backend's kernels read them: ``"auto"`` (up to a quarter of the memory that
+            is free at the first forward), ``"copy"`` (all of them) or ``"off"`` (none: a weight is packed anew in each call).
         sites: ``{class name: Site}`` for layers that are not in the table of :mod:`heterolora_kernels.sites`.
         init_from: folder of a PEFT LoRA adapter to start from; targets, ranks and scalings of the LoRA paths are then its own.
         seed: of the initial adapters and of the allocator.
@@ -162,6 +164,7 @@ class HeteroLoraConfig:
     warmup: int | None = None
     on_reactivate: str = "keep"
     synflow_target: str = "outputs"
+    pack: str = "auto"
     sites: Mapping[str, Site] | None = None
     init_from: str | None = None
     seed: int = 0
@@ -196,7 +199,7 @@ class HeteroLoraConfig:
             raise ValueError(f"seed must be an int in [0, 2^63), got {self.seed!r}")
         for name, choices in (("budget_unit", _UNITS), ("mode", _MODES), ("search", _SEARCHES), ("score", _SCORES),
                               ("init_B", _INITS), ("normalize", _NORMALIZATIONS), ("on_reactivate", ("keep", "reset")),
-                              ("synflow_target", ("outputs", "loss"))):
+                              ("synflow_target", ("outputs", "loss")), ("pack", ("auto", "copy", "off"))):
             _choice(name, getattr(self, name), choices)
         self._check_patterns()
         self._check_shortcuts()

@@ -17,10 +17,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from heterolora_kernels.backends import resolve
 from heterolora_kernels.functional import lora_delta, lora_linear_group
 from heterolora_kernels.grouping import MaskGroup
 from heterolora_kernels.ops.ledger import NUM_COLUMNS, Ledger
 from heterolora_kernels.ops.rng import draw_rng
+from heterolora_kernels.packing import PackBudget, Packs
 from heterolora_kernels.sites import SHORTCUTS, LayerState
 
 _AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -32,6 +34,7 @@ class Switches:
 
     ledger: Ledger
     enabled: bool = True
+    packing: PackBudget = field(default_factory=PackBudget)
 
 
 @dataclass
@@ -107,6 +110,7 @@ class PathSet:
     dropout_p: float = 0.0
     layer: LayerState | None = None
     group: MaskGroup | None = None
+    packs: Packs | None = None
     derived: _Derived | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict:
@@ -117,6 +121,8 @@ class PathSet:
 
         While only some of the paths have been moved there is nothing to derive on; the last one to move does it.
         """
+        if self.packs is not None:
+            self.packs.drop()
         devices = {path.mask.device for path in self.paths}
         if len(devices) > 1:
             self.derived = None
@@ -200,7 +206,10 @@ class PathSet:
         for path in self.paths:
             path_source.append(-1 if path.site is None else next_source)
             next_source += path.site is not None
-        call = dict(rng=rng, dropout_p=dropout_p, probe=probe)
+        name = resolve(x.device, None, x.dtype)
+        # A weight that autocast has just cast is another one in each call.
+        packs = [] if autocast or self.packs is None else self.packs.of(name, weight, x)
+        call = dict(rng=rng, dropout_p=dropout_p, probe=probe, packs=packs, backend=name)
         args = (x, [weight], [bias], sources, lora_A, lora_B, derived.scaling, derived.gate, derived.active,
                 [0] * len(self.paths), path_source)
         if not autocast:

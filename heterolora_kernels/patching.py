@@ -29,6 +29,7 @@ from heterolora_kernels.layers import (
     make_adapter,
 )
 from heterolora_kernels.ops.ledger import Collector, Ledger
+from heterolora_kernels.packing import PackBudget, Packs
 from heterolora_kernels.peft_format import ADAPTER_NAMES, read_peft
 from heterolora_kernels.planning import (
     PlannedLayer,
@@ -140,7 +141,9 @@ class _Patcher:
         module = self.modules[name]
         if not is_swapped(module):
             mixin = PatchedConv1D if is_conv1d(module) else PatchedLinear if isinstance(module, nn.Linear) else PatchedNorm
-            module._heterolora = PathSet([], self.state.switches, float(self.config.lora_dropout))
+            switches = self.state.switches
+            packs = None if mixin is PatchedNorm else Packs(switches.packing)
+            module._heterolora = PathSet([], switches, float(self.config.lora_dropout), packs=packs)
             self.state.linears.append(module)
             swap_class(module, mixin)
         return module._heterolora
@@ -274,7 +277,7 @@ def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
         check_swappable(next(name for name, module in modules.items() if module is layer.stack), layer.stack)
 
     flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-    state = HeteroLoraState(config, Switches(Ledger({})), requires_grad=flags)
+    state = HeteroLoraState(config, Switches(Ledger({}), packing=PackBudget(config.pack)), requires_grad=flags)
     model.__dict__[_STATE] = state
     try:
         _Patcher(model, config, state).run(lora, layers, shortcuts)
@@ -420,6 +423,17 @@ def collect_statistics(model: nn.Module) -> Iterator[Collector]:
         yield collector
     finally:
         ledger.close(collector)
+
+
+def invalidate(model: nn.Module) -> None:
+    """Drop the packed copies of frozen weights; the next forward makes them anew.
+
+    Needed after a write through ``.data`` to *a part* of a frozen weight, which nothing sees. In-place operations, loading a state,
+    moving the model and writes of a whole weight are seen.
+    """
+    for module in state_of(model).linears:
+        if module._heterolora.packs is not None:
+            module._heterolora.packs.drop()
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

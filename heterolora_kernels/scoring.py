@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler
 
-from heterolora_kernels import distributed
+from heterolora_kernels import backends, distributed
 from heterolora_kernels.layers import Path
 from heterolora_kernels.ops.ledger import row_statistics
 from heterolora_kernels.patching import HeteroLoraState, state_of, unwrap
@@ -266,6 +266,19 @@ def gradient_rows(path: Path, grad_A: Tensor, grad_B: Tensor) -> Tensor:
     return row_statistics(path.lora_A.detach().to(dtype), path.lora_B.detach().to(dtype), grad_A.to(dtype), grad_B.to(dtype))
 
 
+def gradient_rows_of(paths: Sequence[Path], grads: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
+    """``{path: rows [r, columns]}`` from ``(grad_A, grad_B)`` of each path; in one pass where the backend has one."""
+    kinds = {(grad.device, grad.dtype) for pair in grads for grad in pair}
+    if len(kinds) == 1:
+        device, dtype = kinds.pop()
+        fused = backends.extra(backends.resolve(device, None, dtype), "row_statistics")
+        if fused is not None:
+            rows = fused([path.lora_A.detach() for path in paths], [path.lora_B.detach() for path in paths],
+                         *([pair[half] for pair in grads] for half in (0, 1)))
+            return dict(zip([path.name for path in paths], rows.split([path.r for path in paths])))
+    return {path.name: gradient_rows(path, *pair) for path, pair in zip(paths, grads)}
+
+
 def probe_rows(model: nn.Module, loader: Iterable, num_batches: int | None, loss_fn: LossFunction, streaming: bool,
                name: str = "dataloader") -> tuple[dict[str, Tensor], int]:
     """Run a probe and read every path's ledger rows.
@@ -316,5 +329,5 @@ def probe_rows(model: nn.Module, loader: Iterable, num_batches: int | None, loss
         else:
             grads = [[torch.zeros_like(p) if p.grad is None else p.grad for p in (path.lora_A, path.lora_B)] for path in paths]
             distributed.average_([grad for pair in grads for grad in pair])
-            rows = {path.name: gradient_rows(path, *pair) for path, pair in zip(paths, grads)}
+            rows = gradient_rows_of(paths, grads)
     return rows, used

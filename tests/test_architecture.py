@@ -12,9 +12,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "heterolora_kernels"
 ROWS = [
     ["_env", "_version"],
     ["ops.ledger", "ops.rng", "ops.schema", "ops.autograd", "config", "names", "files"],
-    ["backends", "backends.reference"],
+    ["backends", "backends.reference", "backends.cpu"],
     ["functional"],
-    ["instances", "grouping", "sites", "layers", "proxies", "allocation"],
+    ["instances", "grouping", "packing", "sites", "layers", "proxies", "allocation"],
     ["freezing", "distributed", "planning", "peft_format", "patching"],
     ["history", "plotting", "scoring", "synflow", "alpha_test", "search", "save_and_load"],
     ["callback"],

@@ -99,19 +99,19 @@ def test_source_may_be_flat_where_x_is_not():
                                   lambda x: x[0, :, ::2]],
                          ids=["one_dim", "one_row", "two_dims", "three_dims", "one_token", "transposed", "sliced", "strided",
                               "empty", "strided_two_dims"])
-def test_closed_paths_give_the_bits_of_linear(make, dtype, biased):
+def test_closed_paths_give_the_bits_of_linear_on_the_reference(make, dtype, biased):
     generator = torch.Generator().manual_seed(21)
     draw = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)  # noqa: E731
     x = make(draw(5, 6, 34))
     weight, bias, a, b = draw(19, x.shape[-1]), draw(19) if biased else None, draw(3, x.shape[-1]), draw(19, 3)
     expected = F.linear(x, weight, bias)
     args = (x, [weight], [bias], [], [a], [b], torch.ones(1))
-    closed, = lora_linear_group(*args, torch.zeros(3), torch.zeros(1, dtype=torch.int32), [0], [-1])
+    closed, = lora_linear_group(*args, torch.zeros(3), torch.zeros(1, dtype=torch.int32), [0], [-1], backend="reference")
     assert torch.equal(closed, expected) and closed.shape == expected.shape
     fresh, = lora_linear_group(*args[:5], [torch.zeros_like(b)], torch.ones(1), torch.ones(3),
-                               torch.tensor([3], dtype=torch.int32), [0], [-1])
+                               torch.tensor([3], dtype=torch.int32), [0], [-1], backend="reference")
     assert torch.equal(fresh, expected)
-    assert torch.equal(hlk.lora_linear(x, weight, a, torch.zeros_like(b), bias=bias), expected)
+    assert torch.equal(hlk.lora_linear(x, weight, a, torch.zeros_like(b), bias=bias, backend="reference"), expected)
 
 
 def test_dropout_draws_its_key_from_the_global_generator():

@@ -386,7 +386,8 @@ def test_a_static_search_trains_its_ranks_from_fresh_weights():
     hlk.reset_adapters(model)
     assert search.ranks == ranks and sorted(ranks.values()) == [0, 0, 4, 4]
     torch.manual_seed(0)
-    assert torch.equal(model.eval()(**net_batch(1)).out, Net().eval()(**net_batch(1)).out)
+    with hlk.use_backend("reference"):
+        assert torch.equal(model.eval()(**net_batch(1)).out, Net().eval()(**net_batch(1)).out)
 
 
 def test_reset_adapters_leaves_heads_and_optimizer_alone():

@@ -12,8 +12,6 @@ const char* const stats_columns[num_stats_columns] = {"hidden_sq", "grad_A_sq", 
 
 namespace {
 
-enum Column { hidden_sq, grad_A_sq, grad_B_sq, abs_A_grad_A, abs_B_grad_B, gate_grad, taylor_sq };
-
 // A block's rows packed at K = 2048 in bf16 take 0.5 MB: they stay in the second cache of one core.
 constexpr int64_t block_rows = 128;
 // Below this many multiplications a hand-over between threads costs more than it wins.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,15 +23,15 @@ class Backend:
         name: suffix of its ops.
         module: imported at the first use; importing it defines and registers the ops.
         device_types: ``torch.device.type`` of the tensors it takes; empty for any.
-        dtypes: those of x; empty for any.
         why_unavailable: returns None where it can run, else the reason in one line.
+        dtypes: those of x; empty for any.
     """
 
     name: str
     module: str
     device_types: tuple[str, ...] = ()
-    dtypes: tuple[torch.dtype, ...] = ()
     why_unavailable: Callable[[], str | None] = lambda: None
+    dtypes: tuple[torch.dtype, ...] = ()
 
     def takes(self, device_type: str, dtype: torch.dtype | None = None) -> bool:
         """Whether it can compute on a kind of device, and with a dtype of x (None: any)."""
@@ -134,6 +135,17 @@ def _load(name: str) -> bool:
     return True
 
 
+def extra(name: str, function: str) -> Callable | None:
+    """A function that a backend's module offers beside its ops, or None.
+
+    ``packed_bytes(weight, needs_grad) -> int`` and ``pack_weight(weight, needs_grad) -> [forward, grad_x]``: packed copies of a frozen
+    weight; 0 bytes where packing it does not help. ``row_statistics(lora_A, lora_B, grad_A, grad_B) -> float32 [R, columns]``: the
+    ledger's rows of accumulated gradients, all paths in one pass.
+    """
+    _load(name)
+    return getattr(sys.modules[_backends[name].module], function, None)
+
+
 @functools.cache
 def _cpu_missing() -> str | None:
     """Why the compiled extension cannot be used; loads it, so it is asked when a backend is needed and not before."""
@@ -148,5 +160,5 @@ def _cpu_missing() -> str | None:
 
 
 register_backend(Backend("reference", "heterolora_kernels.backends.reference"))
-register_backend(Backend("cpu", "heterolora_kernels.backends.cpu", ("cpu",), (torch.float32, torch.bfloat16, torch.float16),
-                         _cpu_missing))
+register_backend(Backend("cpu", "heterolora_kernels.backends.cpu", ("cpu",), _cpu_missing,
+                         (torch.float32, torch.bfloat16, torch.float16)))

@@ -20,13 +20,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from heterolora_kernels._env import available_memory
+from heterolora_kernels._env import available_memory, cpu_isa
 from heterolora_kernels._version import __version__
 from heterolora_kernels.allocation import allocate, available_allocators, get_allocator
-from heterolora_kernels.backends import available_backends, unavailable_backends
+from heterolora_kernels.backends import available_backends, extra, unavailable_backends
 from heterolora_kernels.cli import options
 from heterolora_kernels.config import HeteroLoraConfig
 from heterolora_kernels.names import split_path
+from heterolora_kernels.packing import AUTO_SHARE
 from heterolora_kernels.peft_format import read_peft
 from heterolora_kernels.planning import (
     PlannedLayer,
@@ -35,6 +36,7 @@ from heterolora_kernels.planning import (
     check_shortcut_layers,
     find_targets,
     is_below,
+    is_conv1d,
     plan_layers,
     plan_lora,
     plan_shortcuts,
@@ -75,6 +77,7 @@ def machine() -> dict:
                          **{name: _version_of(name) for name in _PACKAGES}},
             "platform": platform.platform(), "processor": _processor(), "devices": list(_devices()),
             "backends": {"available": available_backends(), "unavailable": unavailable_backends()},
+            "cpu_kernels": _cpu_kernels(),
             "proxies": available_proxies(), "allocators": available_allocators()}
 
 
@@ -93,6 +96,14 @@ def _processor() -> str:
         lines = []
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
     return name or platform.processor() or platform.machine()
+
+
+def _cpu_kernels() -> dict | None:
+    """Which instruction set the CPU backend's kernels use and why not another; None without the backend."""
+    if "cpu" not in available_backends():
+        return None
+    chosen, unavailable = extra("cpu", "instruction_sets")()
+    return {"chosen": chosen, "asked_for": cpu_isa(), "unavailable": unavailable}
 
 
 def _devices() -> Iterable[dict]:
@@ -144,7 +155,8 @@ def describe(model: nn.Module, config: HeteroLoraConfig) -> dict:
     layers = plan_layers(model, config)
     refused = _why_no_shortcuts(model, config, layers)
     lora = plan_lora(targets, config)
-    shortcuts = [plan for _, plan, _ in plan_shortcuts(layers, config)] if refused is None else []
+    planned = plan_shortcuts(layers, config) if refused is None else []
+    shortcuts, bases = [plan for _, plan, _ in planned], {base for _, _, base in planned}
     if not lora and not shortcuts:
         raise ValueError(f"nothing is left to adapt; shortcuts: {refused or config.shortcuts or 'none'}")
     base = sum(parameter.numel() for parameter in model.parameters())
@@ -155,12 +167,25 @@ def describe(model: nn.Module, config: HeteroLoraConfig) -> dict:
             "lora_paths": len(lora), "shortcuts": len(shortcuts), "rows": sum(plan.r for plan in paths),
             "adapter_parameters": sum(map(_size, paths)), "share_of_base": sum(map(_size, paths)) / base,
             "budget": None if config.search == "off" else _bought(paths, config),
+            "packed_bytes": _packed_bytes(model, {plan.name for plan in lora} | bases, config),
             "shortcut_sites": {"classes": _sites(layers) if refused is None else {}, "refused": refused,
                                "used": list(config.shortcuts) if refused is None else []}}
 
 
 def _size(plan: PlannedPath) -> int:
     return plan.r * (plan.in_features + plan.out_features)
+
+
+def _packed_bytes(model: nn.Module, names: Iterable[str], config: HeteroLoraConfig) -> dict | None:
+    """Memory of the packed copies of the adapted weights, for inference and for training; None where none are made."""
+    if config.pack == "off" or "cpu" not in available_backends():
+        return None
+    modules = [model.get_submodule(name) for name in names]
+    weights = [torch.empty_strided(module.weight.shape, module.weight.stride(), dtype=module.weight.dtype)
+               for module in modules if isinstance(module, nn.Linear) or is_conv1d(module)]
+    size = extra("cpu", "packed_bytes")
+    return {"mode": config.pack, **{what: sum(size(weight, needs_grad) for weight in weights)
+                                    for what, needs_grad in (("inference", False), ("training", True))}}
 
 
 def _why_no_shortcuts(model: nn.Module, config: HeteroLoraConfig, layers: list[PlannedLayer]) -> str | None:
@@ -225,6 +250,10 @@ def _gib(size: int | None) -> str:
     return "" if size is None else f", {size / 2**30:.1f} GiB free"
 
 
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
 def _print_machine(found: Mapping) -> None:
     for name, version in found["versions"].items():
         _line(name, version or "not installed")
@@ -235,6 +264,12 @@ def _print_machine(found: Mapping) -> None:
     _line("backends", ", ".join(found["backends"]["available"]))
     for name, reason in found["backends"]["unavailable"].items():
         _line(f"  not {name}", reason)
+    kernels = found["cpu_kernels"]
+    if kernels is not None:
+        asked = " (HETEROLORA_CPU_ISA)" if kernels["asked_for"] else ": the most capable that runs here"
+        _line("cpu kernels", kernels["chosen"] + asked)
+        for name, reason in kernels["unavailable"].items():
+            _line(f"  not {name}", reason)
     _line("proxies", ", ".join(found["proxies"]))
     _line("allocators", ", ".join(found["allocators"]))
 
@@ -275,6 +310,11 @@ def _print_model(found: Mapping) -> None:
         _line("budget", f"{share} {bought['unit']} ({bought['ranks']}, {bought['mode']}) switches on "
               f"{_between(bought['paths'])} of {paths} paths, {_between(bought['rows'])} rows, {_between(bought['parameters'])} "
               "parameters")
+    packed = found["packed_bytes"]
+    if packed is not None:
+        limit = f", at most {100 * AUTO_SHARE:g} % of the free memory" if packed["mode"] == "auto" else ""
+        _line("packed weights", f"on the CPU {_mib(packed['training'])} beside the model in training, {_mib(packed['inference'])} "
+              f"without gradients (pack={packed['mode']}{limit})")
     sites = found["shortcut_sites"]
     if sites["refused"] is not None:
         _line("shortcuts", f"refused: {sites['refused']}")

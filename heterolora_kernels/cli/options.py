@@ -41,6 +41,7 @@ CONFIG_FLAGS = {
     "warmup": ("int", "reallocations that cover all paths first (default: until every path was on once)"),
     "on_reactivate": ("str", "keep or reset: optimizer state of what is switched on again"),
     "synflow_target": ("str", "outputs or loss"),
+    "pack": ("str", "packed copies of frozen weights: auto, copy or off"),
     "init_from": ("str", "folder of a PEFT LoRA adapter to start from"),
     "seed": ("int", "of everything that is drawn"),
 }
