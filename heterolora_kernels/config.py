@@ -121,8 +121,8 @@ class HeteroLoraConfig:
         on_reactivate: what is switched on again goes on with its optimizer state (``"keep"``) or with a fresh one
             (``"reset"``).
         synflow_target: ``"outputs"`` (the sum of the outputs) or ``"loss"`` (the task's loss, as published).
-        pack: copies of frozen weights in the order in which a backend's kernels read them: ``"auto"`` (up to a quarter of the memory that
-            is free at the first forward), ``"copy"`` (all of them) or ``"off"`` (none: a weight is packed anew in each call).
+        pack: copies of frozen weights in the order in which a backend's kernels read them: ``"auto"`` (up to a quarter of the
+            memory that is free at the first forward), ``"copy"`` (all of them) or ``"off"`` (packed anew in each call).
         sites: ``{class name: Site}`` for layers that are not in the table of :mod:`heterolora_kernels.sites`.
         init_from: folder of a PEFT LoRA adapter to start from; targets, ranks and scalings of the LoRA paths are then its own.
         seed: of the initial adapters and of the allocator.

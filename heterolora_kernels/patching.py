@@ -428,8 +428,8 @@ def collect_statistics(model: nn.Module) -> Iterator[Collector]:
 def invalidate(model: nn.Module) -> None:
     """Drop the packed copies of frozen weights; the next forward makes them anew.
 
-    Needed after a write through ``.data`` to *a part* of a frozen weight, which nothing sees. In-place operations, loading a state,
-    moving the model and writes of a whole weight are seen.
+    Needed after a write through ``.data`` to *a part* of a frozen weight, which nothing sees. In-place operations, loading a
+    state, moving the model and writes of a whole weight are seen.
     """
     for module in state_of(model).linears:
         if module._heterolora.packs is not None:

@@ -138,9 +138,9 @@ def _load(name: str) -> bool:
 def extra(name: str, function: str) -> Callable | None:
     """A function that a backend's module offers beside its ops, or None.
 
-    ``packed_bytes(weight, needs_grad) -> int`` and ``pack_weight(weight, needs_grad) -> [forward, grad_x]``: packed copies of a frozen
-    weight; 0 bytes where packing it does not help. ``row_statistics(lora_A, lora_B, grad_A, grad_B) -> float32 [R, columns]``: the
-    ledger's rows of accumulated gradients, all paths in one pass.
+    ``packed_bytes(weight, needs_grad) -> int`` and ``pack_weight(weight, needs_grad) -> [forward, grad_x]``: packed copies of
+    a frozen weight; 0 bytes where packing it does not help. ``row_statistics(lora_A, lora_B, grad_A, grad_B) -> float32 [R,
+    columns]``: the ledger's rows of accumulated gradients, all paths in one pass.
     """
     _load(name)
     return getattr(sys.modules[_backends[name].module], function, None)
@@ -155,7 +155,8 @@ def _cpu_missing() -> str | None:
         return ("the package was installed without its compiled kernels; with a C++ compiler at hand: "
                 "pip install --no-build-isolation heterolora_kernels")
     except ImportError as error:
-        return f"heterolora_kernels._C does not load with torch {torch.__version__} (build it again): {str(error).splitlines()[0]}"
+        reason = str(error).splitlines()[0]
+        return f"heterolora_kernels._C does not load with torch {torch.__version__} (build it again): {reason}"
     return None
 
 

@@ -22,7 +22,7 @@ from heterolora_kernels import _C  # noqa: E402, F401 - its implementations need
 
 _ops = torch.ops.heterolora_kernels
 if tuple(_ops.cpu_stats_columns()) != COLUMNS:
-    raise RuntimeError(f"heterolora_kernels._C was built for statistics {_ops.cpu_stats_columns()}, this is {COLUMNS}: build it again")
+    raise RuntimeError(f"heterolora_kernels._C counts {_ops.cpu_stats_columns()}, this package {list(COLUMNS)}: build it again")
 if _env.cpu_isa() is not None:
     _ops.set_cpu_isa(_env.cpu_isa())
 

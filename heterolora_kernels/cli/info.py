@@ -313,8 +313,8 @@ def _print_model(found: Mapping) -> None:
     packed = found["packed_bytes"]
     if packed is not None:
         limit = f", at most {100 * AUTO_SHARE:g} % of the free memory" if packed["mode"] == "auto" else ""
-        _line("packed weights", f"on the CPU {_mib(packed['training'])} beside the model in training, {_mib(packed['inference'])} "
-              f"without gradients (pack={packed['mode']}{limit})")
+        _line("packed weights", f"on the CPU {_mib(packed['training'])} beside the model in training, "
+              f"{_mib(packed['inference'])} without gradients (pack={packed['mode']}{limit})")
     sites = found["shortcut_sites"]
     if sites["refused"] is not None:
         _line("shortcuts", f"refused: {sites['refused']}")
