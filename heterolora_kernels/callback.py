@@ -98,6 +98,8 @@ class HeteroLoraCallback(TrainerCallback, ExportableState):
         data = self._dataloader if self._dataloader is not None else _unshuffled(train_dataloader, args, state)
         self.search = RankSearch(model, optimizer, data, _steps_per_epoch(train_dataloader, args, state),
                                  getattr(optimizer, "scaler", None), **self._measures)
+        # A run of one step may end without a step of the search (at_last_step=False): nobody has forgotten anything.
+        state_of(model).step_hooks.driven = True
         if state.global_step > 0:
             self._resume(state)
         else:

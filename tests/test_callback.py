@@ -467,3 +467,9 @@ def test_plain_module_trains(tmp_path):
 def test_no_warning_that_nobody_drives_the_search(tmp_path):
     trainer = make_trainer(tmp_path, make_bert(dropout=0.0), sentences(8), HeteroLoraCallback(), max_steps=60)
     assert not [text for text in caught(trainer.train) if "never called" in text]
+
+
+def test_a_run_of_one_step_without_its_last_one_is_not_reported_when_it_is_saved(tmp_path):
+    model = make_bert()
+    make_trainer(tmp_path, model, sentences(8), HeteroLoraCallback(at_last_step=False), max_steps=1).train()
+    assert not caught(lambda: hlk.save_adapter(model, tmp_path / "adapter"))
