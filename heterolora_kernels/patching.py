@@ -254,7 +254,12 @@ def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
     if config.adapter_dtype == torch.float64 and any(p.dtype != torch.float64 for p in model.parameters()
                                                      if p.is_floating_point()):
         raise ValueError("adapter_dtype float64 needs a float64 model")
-    adapter = None if config.init_from is None else read_peft(config.init_from)
+    try:
+        adapter = None if config.init_from is None else read_peft(config.init_from)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"init_from: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"init_from: {error}") from error
     if adapter is not None:
         config = adapter.adopted_by(model, config)
     targets = find_targets(model, config) if len(config.target_modules) > 0 else {}

@@ -2,40 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from heterolora_kernels.cli.options import add_flag
+from heterolora_kernels.cli.options import add_flag, check_least, check_types
 
-#: ``{setting: default}`` of what is read here.
-DEFAULTS = {
-    "model": None, "data": None, "data_split": "train", "validation": None, "validation_split": None, "task": None,
-    "text_columns": None, "label_column": None, "max_length": 256, "block_size": 256, "dtype": "float32", "limit": None,
+_TASKS = ("classification", "causal-lm")
+_DTYPES = ("float32", "bfloat16", "float16")
+#: ``{setting: (kind, default, help)}`` of what is read here.
+DATA = {
+    "model": ("str", None, "folder or hub name of a transformers model"),
+    "data": ("str", None, "csv, tsv, json, jsonl or parquet file, or hub name[:configuration], to train on"),
+    "data_split": ("str", "train", "split of hub data (default train)"),
+    "validation": ("str", None, "file to validate on, or split of the hub data"),
+    "validation_split": ("float", None, "share of the training data to validate on, where --validation is not given"),
+    "task": ("str", None, "classification (default where there is a label column) or causal-lm"),
+    "text_columns": ("names", None, "column of the text, or two columns with a comma"),
+    "label_column": ("str", None, "column of the classes, numbers or words"),
+    "max_length": ("int", 256, "tokens of an example, classification (default 256)"),
+    "block_size": ("int", 256, "tokens of an example, causal-lm (default 256)"),
+    "dtype": ("str", "float32", "of the base (default float32); adapters under a 16-bit base are float32"),
+    "limit": ("int", None, "use only the first examples of the training data"),
 }
+DEFAULTS = {name: default for name, (_, default, _) in DATA.items()}
+_CHOICES = {"task": _TASKS, "dtype": _DTYPES}
+_LEAST = {"max_length": 1, "block_size": 2, "limit": 1}
 _READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 def add_data_arguments(parser) -> None:
-    """The flags of :data:`DEFAULTS`."""
+    """The flags of :data:`DATA`."""
     group = parser.add_argument_group("model and data")
-    add_flag(group, "model", "str", "folder or hub name of a transformers model")
-    add_flag(group, "data", "str", "csv, tsv, json, jsonl or parquet file, or hub name[:configuration], to train on")
-    add_flag(group, "data_split", "str", "split of hub data (default train)")
-    add_flag(group, "validation", "str", "file to validate on, or split of the hub data")
-    add_flag(group, "validation_split", "float", "share of the training data to validate on, where --validation is not given")
-    add_flag(group, "task", "str", "classification (default where there is a label column) or causal-lm",
-             choices=("classification", "causal-lm"))
-    add_flag(group, "text_columns", "names", "column of the text, or two columns with a comma")
-    add_flag(group, "label_column", "str", "column of the classes, numbers or words")
-    add_flag(group, "max_length", "int", "tokens of an example, classification (default 256)")
-    add_flag(group, "block_size", "int", "tokens of an example, causal-lm (default 256)")
-    add_flag(group, "dtype", "str", "of the base (default float32); adapters under a 16-bit base are float32",
-             choices=("float32", "bfloat16", "float16"))
-    add_flag(group, "limit", "int", "use only the first examples of the training data")
+    for name, (kind, _, help) in DATA.items():
+        add_flag(group, name, kind, help, **({"choices": _CHOICES[name]} if name in _CHOICES else {}))
 
 
 @dataclass
@@ -62,8 +66,13 @@ def check_settings(settings: Mapping) -> str:
     """The task that settings mean.
 
     Raises:
-        ValueError: names the flag that is missing or wrong.
+        ValueError, TypeError: names the flag that is missing or wrong.
     """
+    check_types(settings, DATA)
+    check_least(settings, _LEAST)
+    for name, choices in _CHOICES.items():
+        if settings[name] is not None and settings[name] not in choices:
+            raise ValueError(f"--{name} must be one of {list(choices)}, got {settings[name]!r}")
     for name in ("model", "data"):
         if not settings[name]:
             raise ValueError(f"--{name} is needed")
@@ -76,7 +85,14 @@ def check_settings(settings: Mapping) -> str:
                          f"got {columns}")
     if settings["validation_split"] is not None and not 0 < settings["validation_split"] < 1:
         raise ValueError(f"--validation-split must be in (0, 1), got {settings['validation_split']}")
+    if settings["validation"] and _is_file(settings["data"]) and not _is_file(settings["validation"]):
+        raise ValueError(f"--validation must be a file where --data is one ({', '.join(sorted(_READERS))}), got "
+                         f"{settings['validation']!r}")
     return task
+
+
+def _is_file(source: str) -> bool:
+    return Path(source).suffix.lower() in _READERS
 
 
 def _text_columns(settings: Mapping) -> list[str]:
@@ -92,12 +108,29 @@ def _read(source: str, split: str, flag: str):
     if reader is not None:
         if not path.is_file():
             raise FileNotFoundError(f"{flag}: there is no file {source}")
-        options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
-        return datasets.load_dataset(reader, data_files=str(path), split="train", **options)
+        # Of csv files, only empty cells are missing: "NA" and "None" are words.
+        options = {"keep_default_na": False, "na_values": [""]} if reader == "csv" else {}
+        if path.suffix.lower() == ".tsv":
+            options["sep"] = "\t"
+        with naming(flag, source):
+            return datasets.load_dataset(reader, data_files=str(path), split="train", **options)
     if path.exists():
         raise ValueError(f"{flag}: {source} must end in one of {sorted(_READERS)}")
     name, _, configuration = source.partition(":")
-    return datasets.load_dataset(name, configuration or None, split=split)
+    with naming(flag, source):
+        return datasets.load_dataset(name, configuration or None, split=split)
+
+
+@contextmanager
+def naming(flag: str, source: object) -> Iterator[None]:
+    """Errors of other libraries, which know no flags, become one that names the flag and what it was given."""
+    try:
+        yield
+    except Exception as error:
+        # datasets wraps what went wrong.
+        cause = error.__cause__ or error
+        said = "holds no example" if "corresponds to no data" in str(error) else f"cannot be read: {cause}"
+        raise ValueError(f"{flag}: {source} {said}") from error
 
 
 def _load_data(settings: Mapping, seed: int):
@@ -107,8 +140,7 @@ def _load_data(settings: Mapping, seed: int):
         train = train.select(range(min(settings["limit"], len(train))))
     validation = None
     if settings["validation"]:
-        is_file = Path(settings["validation"]).suffix.lower() in _READERS
-        source = settings["validation"] if is_file else settings["data"]
+        source = settings["validation"] if _is_file(settings["validation"]) else settings["data"]
         validation = _read(source, settings["validation"], "--validation")
     elif settings["validation_split"]:
         parts = train.train_test_split(settings["validation_split"], seed=seed)
@@ -130,6 +162,9 @@ def _class_names(train, validation, column: str) -> list[str]:
     values = set(train.unique(column))
     if None in values or any(isinstance(value, float) for value in values):
         raise ValueError(f"--label-column {column!r} must hold whole numbers or words without gaps")
+    if len(values) < 2:
+        # With one class transformers would take the task for a regression.
+        raise ValueError(f"--label-column {column!r} must hold two classes or more, and holds only {values.pop()!r}")
     unseen = set() if validation is None else set(validation.unique(column)) - values
     if unseen:
         raise ValueError(f"--validation has the class {sorted(map(str, unseen))[0]!r}, which --data does not have")
@@ -151,7 +186,8 @@ def prepare(settings: Mapping, seed: int) -> Prepared:
     except ImportError as error:
         raise ImportError(f"this command needs the extra 'train' (pip install 'heterolora-kernels[train]'): {error}") from error
     train, validation = _load_data(settings, seed)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(settings["model"])
+    with naming("--model", settings["model"]):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(settings["model"])
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     transformers.set_seed(seed)  # of a new head
@@ -187,12 +223,26 @@ def load_model(settings: Mapping, task: str, labels: list[str]) -> nn.Module:
     """The base model for a task."""
     import transformers
 
-    dtype = getattr(torch, settings["dtype"])
-    if task == "causal-lm":
-        return quietly(lambda: transformers.AutoModelForCausalLM.from_pretrained(settings["model"], dtype=dtype))
-    return quietly(lambda: transformers.AutoModelForSequenceClassification.from_pretrained(
-        settings["model"], dtype=dtype, num_labels=len(labels), id2label=dict(enumerate(labels)),
-        label2id={name: index for index, name in enumerate(labels)}))
+    kind = transformers.AutoModelForCausalLM if task == "causal-lm" else transformers.AutoModelForSequenceClassification
+    return load_pretrained(kind, settings["model"], settings["dtype"], **label_options(labels))
+
+
+def label_options(labels: list[str]) -> dict:
+    """Arguments of ``from_pretrained`` for a classifier of these classes; none without classes."""
+    if not labels:
+        return {}
+    return {"num_labels": len(labels), "id2label": dict(enumerate(labels)),
+            "label2id": {name: index for index, name in enumerate(labels)}}
+
+
+def load_pretrained(kind: type, source: str, dtype: str, **options) -> nn.Module:
+    """``kind.from_pretrained``, its announcement that a new head has no weights left out.
+
+    Raises:
+        ValueError: names --model.
+    """
+    with naming("--model", source):
+        return quietly(lambda: kind.from_pretrained(source, dtype=getattr(torch, dtype), **options))
 
 
 def _checked_texts(batch: Mapping, column: str) -> list[str]:

@@ -24,7 +24,7 @@ from heterolora_kernels._env import available_memory, cpu_isa
 from heterolora_kernels._version import __version__
 from heterolora_kernels.allocation import allocate, available_allocators, get_allocator
 from heterolora_kernels.backends import available_backends, extra, unavailable_backends
-from heterolora_kernels.cli import options
+from heterolora_kernels.cli import data, options
 from heterolora_kernels.config import HeteroLoraConfig
 from heterolora_kernels.names import split_path
 from heterolora_kernels.packing import AUTO_SHARE
@@ -133,7 +133,8 @@ def skeleton(name: str) -> nn.Module:
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         # Not left to the hub, which would complain about the form of the name.
         raise FileNotFoundError(f"--model: there is no folder {name}")
-    config = transformers.AutoConfig.from_pretrained(name)
+    with data.naming("--model", name):
+        config = transformers.AutoConfig.from_pretrained(name)
     known = (getattr(transformers, architecture, None) for architecture in config.architectures or ())
     built = next((architecture for architecture in known if architecture is not None), None)
     with torch.device("meta"):

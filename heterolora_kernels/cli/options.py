@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -65,15 +66,60 @@ def _pattern(text: str) -> dict[str, int | float]:
     pairs = [part.partition("=") for part in text.split(",") if part.strip()]
     if not all(equals for _, equals, _ in pairs):
         raise argparse.ArgumentTypeError(f"must be name=value,name=value, got {text!r}")
-    return {name.strip(): _number(value) for name, _, value in pairs}
+    try:
+        return {name.strip(): _number(value) for name, _, value in pairs}
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be name=value,name=value with numbers, got {text!r}") from error
 
 
 _TYPES = {"int": int, "float": float, "str": str, "number": _number, "names": parse_names, "pattern": _pattern, "path": Path}
 
 
+#: What a TOML file may hold, by kind of flag.
+_WRITTEN = {"int": (int, "a whole number"), "float": ((int, float), "a number"), "str": (str, "a string"),
+            "names": ((str, list), "a name or a list of names"), "bool": (bool, "true or false")}
+
+
+def flag_of(name: str) -> str:
+    """The flag of a setting."""
+    return "--" + name.replace("_", "-").lower()
+
+
+def check_types(settings: Mapping, table: Mapping[str, tuple]) -> None:
+    """Hold settings to be what their flags take, wherever they come from.
+
+    Args:
+        table: ``{setting: (kind, default, help)}``; None is "not given".
+
+    Raises:
+        TypeError, ValueError: name the flag.
+    """
+    for name, (kind, *_) in table.items():
+        value, (kinds, word) = settings.get(name), _WRITTEN[kind]
+        if value is None:
+            continue
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kind != "bool"):
+            raise TypeError(f"{flag_of(name)} must be {word}, got {value!r}")
+        if isinstance(value, list) and not all(isinstance(entry, str) for entry in value):
+            raise TypeError(f"{flag_of(name)} must be {word}, got {value!r}")
+        if kind == "float" and not math.isfinite(value):
+            raise ValueError(f"{flag_of(name)} must be finite, got {value!r}")
+
+
+def check_least(settings: Mapping, least: Mapping[str, float]) -> None:
+    """Hold settings that are given to be at least so large.
+
+    Raises:
+        ValueError: names the flag.
+    """
+    for name, low in least.items():
+        if settings.get(name) is not None and settings[name] < low:
+            raise ValueError(f"{flag_of(name)} must be at least {low}, got {settings[name]!r}")
+
+
 def add_flag(parser, name: str, kind: str, help: str, **more) -> None:
     """A flag whose default is None: not given."""
-    flag = "--" + name.replace("_", "-").lower()
+    flag = flag_of(name)
     if kind == "bool":
         parser.add_argument(flag, dest=name, action=argparse.BooleanOptionalAction, default=None, help=help)
     else:
@@ -107,6 +153,8 @@ def read_toml(file: Path) -> dict:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no file {file}") from error
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise ValueError(f"{file} is no valid TOML: {error}") from error
 
@@ -122,7 +170,10 @@ def settings_of(args: argparse.Namespace, defaults: Mapping) -> dict:
     """
     known = {*defaults, *CONFIG_FLAGS, "paper", "sites"}
     given = {name: value for name, value in vars(args).items() if name in known and value is not None}
-    written = {} if getattr(args, "config", None) is None else read_toml(args.config)
+    try:
+        written = {} if getattr(args, "config", None) is None else read_toml(args.config)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--config: {error}") from error
     written = {name if name in known else name.replace("-", "_"): value for name, value in written.items()}
     unknown = sorted(set(written) - known)
     if unknown:

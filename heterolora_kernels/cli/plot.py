@@ -61,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     """The command."""
     if not args.folder.is_dir():
         raise FileNotFoundError(f"RUN_DIR: there is no folder {args.folder}")
+    if args.out is not None and args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out: {args.out} is a file")
     for file in draw_run(args.folder, args.out or args.folder, args.format):
         print(file)
     return 0

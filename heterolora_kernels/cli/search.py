@@ -82,6 +82,13 @@ def _shown_metric(task: str, evaluations: int) -> dict:
 def run(args: argparse.Namespace) -> int:
     """The command."""
     settings = options.settings_of(args, {**data.DEFAULTS, **{name: default for name, (_, default, _) in _SETTINGS.items()}})
+    options.check_types(settings, _SETTINGS)
+    options.check_least(settings, {"batch_size": 1, "train_steps": 0})
+    if settings["lr"] <= 0:
+        raise ValueError(f"--lr must be > 0, got {settings['lr']!r}")
+    for name, only in (("search", "static"), ("score", "probe")):
+        if settings.get(name) not in (None, only):
+            raise ValueError(f"--{name} must be {only!r} here, where ranks are chosen once, got {settings[name]!r}")
     config = dataclasses.replace(options.config_from({**settings, "search": "static"}), score="probe")
     run_folder.open_folder(args.output, args.overwrite)
     prepared = data.prepare(settings, config.seed)
