@@ -346,6 +346,14 @@ def name_of(model: nn.Module) -> str | None:
     return getattr(getattr(model, "config", None), "name_or_path", None) or None
 
 
+def class_names(model: nn.Module) -> list[str]:
+    """Names of the classes of a transformers classifier, in the order of its outputs; none of any other model."""
+    labels = getattr(getattr(model, "config", None), "id2label", None)
+    if not isinstance(labels, Mapping) or not type(model).__name__.endswith("Classification"):
+        return []
+    return [str(labels[index]) for index in sorted(labels)]
+
+
 def heads_to_save(model: nn.Module, config: HeteroLoraConfig, paths: Iterable[Path]) -> list[str]:
     """Names of the heads that the model has: the config's, and those that PEFT expects with the task unless a path is in them."""
     expected = [head for head in _task_heads(model) if not any(_is_in(path.name, _heads(model, [head])) for path in paths)]

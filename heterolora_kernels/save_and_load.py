@@ -143,6 +143,8 @@ def _native(model: nn.Module, state: HeteroLoraState, *, search: RankSearch | No
         "format": _FORMAT, "format_version": _VERSION, "package_version": __version__,
         "config": {**state.config.to_dict(), "init_from": None},
         "base": {"class": type(model).__name__, "name_or_path": peft_format.name_of(model),
+                 "labels": peft_format.class_names(model),
+                 "pad_token_id": getattr(getattr(model, "config", None), "pad_token_id", None),
                  "weights": {name: _sample(weight) for name, weight in _base_weights(model, state).items()}},
         "paths": {name: {"kind": path.kind, **_properties(path), "rank": sum(path.active_rows()),
                          "active": "".join("01"[on] for on in path.active_rows())} for name, path in state.paths.items()},

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from heterolora_kernels.cli import data
 from heterolora_kernels.files import field_of, read_json
-from heterolora_kernels.save_and_load import NATIVE_NAME, load_adapter, save_adapter
+from heterolora_kernels.save_and_load import NATIVE_NAME, load_adapter, load_search_state, save_adapter
+from heterolora_kernels.search import RankSearch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,34 +30,62 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command."""
+    if args.output.exists() and not args.output.is_dir():
+        raise ValueError(f"--output: {args.output} is a file")
     folder = args.adapter / "adapter" if (args.adapter / "adapter" / NATIVE_NAME).exists() else args.adapter
     file = folder / NATIVE_NAME
+    if not file.exists():
+        raise FileNotFoundError(f"ADAPTER: {file} is missing: name the folder of a run, or of an adapter in the native format")
     base = field_of(read_json(file), "base", dict, file)
     source = args.model or base.get("name_or_path")
     if not source:
         raise ValueError(f"--model is needed: {file} does not name its base model")
     kind = field_of(base, "class", str, file)
     dtypes = {sample["dtype"] for sample in field_of(base, "weights", dict, file).values()}
-    model = _load_base(kind, source, args.dtype or (dtypes.pop() if len(dtypes) == 1 else "float32"), folder)
+    model = _load_base(kind, source, args.dtype or (dtypes.pop() if len(dtypes) == 1 else "float32"), file)
     model = load_adapter(model, folder)
+    search = None
+    if args.format == "native" and read_json(file).get("search") is not None:
+        search = RankSearch(model)
+        search.load_state_dict(load_search_state(folder))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        save_adapter(model, args.output, args.format, drop_shortcuts=args.drop_shortcuts, drop_heads=args.drop_heads)
+        save_adapter(model, args.output, args.format, search=search, drop_shortcuts=args.drop_shortcuts,
+                     drop_heads=args.drop_heads)
     for warning in said:
         print(warning.message)
+    if args.format == "merged" and not _copy_tokenizer(source, args.output):
+        print(f"{source} has no tokenizer that could be put beside the model")
     print(f"{args.output}: {args.format} format")
     return 0
 
 
-def _load_base(kind: str, source: str, dtype: str, folder: Path):
-    import torch
+def _load_base(kind: str, source: str, dtype: str, file: Path):
     import transformers
 
     cls = getattr(transformers, kind, None)
     if cls is None:
-        raise ValueError(f"{folder / NATIVE_NAME}: transformers has no model class {kind!r}")
-    heads = read_json(folder / NATIVE_NAME).get("heads") or {}
+        raise ValueError(f"{file}: transformers has no model class {kind!r}")
+    record = read_json(file)
+    base = field_of(record, "base", dict, file)
+    options = data.label_options([str(name) for name in base.get("labels") or ()])
+    heads = record.get("heads") or {}
     # The size of a trained classifier is that of its output.
     sizes = [head["shape"][0] for name, head in heads.items() if name.endswith("weight") and len(head["shape"]) == 2]
-    labels = {"num_labels": sizes[-1]} if sizes and kind.endswith("Classification") else {}
-    return data.quietly(lambda: cls.from_pretrained(source, dtype=getattr(torch, dtype), **labels))
+    if not options and sizes and kind.endswith("Classification"):
+        options = {"num_labels": sizes[-1]}
+    if isinstance(base.get("pad_token_id"), int):
+        options["pad_token_id"] = base["pad_token_id"]
+    return data.load_pretrained(cls, source, dtype, **options)
+
+
+def _copy_tokenizer(source: str, folder: Path) -> bool:
+    """Put the base's tokenizer beside a merged model, which is of little use without; whether there is one."""
+    import transformers
+
+    try:
+        transformers.AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    except Exception:
+        # The model is written; whatever is the matter with the tokenizer does not undo that.
+        return False
+    return True
