@@ -6,6 +6,8 @@ import csv
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import sys
 
@@ -143,8 +145,9 @@ def test_ctrl_c_and_resume_give_the_unbroken_run(folder, run, tmp_path, monkeypa
     assert main(["train", "--resume", "--output", str(output), "--debug"]) == 0
     for name in ("history.jsonl", "reallocation_history.toml", "reallocation_frequency.toml", "adapter/adapter.safetensors"):
         assert (output / name).read_bytes() == (run / name).read_bytes(), name
-    assert json.loads((output / "metrics.json").read_text())["after_loss"] == json.loads(
-        (run / "metrics.json").read_text())["after_loss"]
+    found, expected = (json.loads((place / "metrics.json").read_text()) for place in (output, run))
+    for name in ("before_loss", "before_accuracy", "after_loss", "after_accuracy"):
+        assert found[name] == expected[name], name
 
 
 def test_a_causal_language_model(folder, tmp_path):
@@ -191,7 +194,19 @@ def test_paper_settings_and_a_decoder_that_classifies(folder, tmp_path):
     ({"--budget": "1.5"}, "budget must be"), ({"--proxy": "luck"}, "proxy must be one of"),
     ({"--target-modules": "luck"}, "target_modules"), ({"--validation-split": "2"}, "--validation-split"),
     ({"--rank-pattern": "luck=3"}, "rank_pattern"), ({"--min-rank": "2"}, "min_rank"),
-], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
+    ({"--model": "./nowhere"}, "--model: ./nowhere cannot be read: "),
+    ({"--accumulation": "0"}, "--accumulation must be at least 1"),
+    ({"--batch-size": "0"}, "--batch-size must be at least 1"), ({"--lr": "nan"}, "--lr must be finite"),
+    ({"--lr": "-1"}, "--lr must be > 0"), ({"--epochs": "0"}, "--epochs must be > 0"),
+    ({"--max-steps": "0"}, "--max-steps must be"),
+    ({"--scheduler": "luck"}, "--scheduler must be one of"), ({"--max-length": "0"}, "--max-length must be at least 1"),
+    ({"--limit": "-3"}, "--limit must be at least 1"), ({"--weight-decay": "-1"}, "--weight-decay must be at least 0"),
+    ({"--save-every": "-1"}, "--save-every must be at least 0"), ({"--max-grad-norm": "nan"}, "--max-grad-norm must be finite"),
+    ({"--validation": "luck"}, "--validation must be a file where --data is one"),
+    ({"--init-from": "nowhere"}, "init_from: directory: there is no folder"),
+    ({"--init-ranks": "nowhere"}, "--init-ranks: nowhere/adapter_config.json is missing"),
+    ({"--config": "nowhere.toml"}, "--config: there is no file nowhere.toml"),
+], ids=lambda value: "=".join(next(iter(value.items()))) if isinstance(value, dict) else "")
 def test_errors_are_one_line_and_name_the_flag(folder, tmp_path, capsys, change, message):
     arguments = pairs(folder, tmp_path / "run")
     for flag, value in change.items():
@@ -208,6 +223,52 @@ def test_an_empty_cell_is_named(folder, tmp_path, capsys):
     arguments[3] = str(tmp_path / "gap.csv")
     del arguments[8:10]  # --validation-split
     assert "column 'a' must hold texts" in fails(capsys, "train", *arguments)
+
+
+def with_data(folder, output, file, text) -> list[str]:
+    """Arguments for a run on a file of this text (or of these bytes)."""
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    arguments = pairs(folder, output, "--max-steps", "1")
+    arguments[3] = str(file)
+    del arguments[8:10]  # --validation-split
+    return arguments
+
+
+@pytest.mark.parametrize("name, content, said", [
+    ("header.csv", "a,b,label\n", "--data: .* holds no example"), ("nothing.csv", "", "--data: .*nothing.csv cannot be read: "),
+    ("quote.csv", 'a,b,label\n"the cat,the dog,1\n', "--data: .*quote.csv cannot be read: "),
+    ("text.json", "no json", "--data: .*text.json cannot be read: "),
+    ("b.parquet", b"\0" * 99, "--data: .*b.parquet cannot be read: "),
+    ("numbers.csv", "a,b,label\nthe cat,1.5,x\nthe dog,2.5,y\n", "--text-columns: column 'b' must hold texts, and has 1.5"),
+    ("one.csv", "a,b,label\nthe cat,the dog,1\nthe mat,the tree,1\n", "--label-column 'label' must hold two classes or more"),
+    ("gap.csv", "a,b,label\nthe cat,the dog,1\nthe mat,the tree,\n", "--label-column 'label' must hold whole numbers or words"),
+], ids=lambda value: value if isinstance(value, str) and value.partition(".")[2].isalpha() else "")
+def test_data_that_cannot_be_used_is_named(folder, tmp_path, capsys, name, content, said):
+    line = fails(capsys, "train", *with_data(folder, tmp_path / "run", tmp_path / name, content))
+    assert re.search(said, line) and line.count("--data") + line.count("column") >= 1
+
+
+def test_words_that_look_like_missing_values_are_words(folder, tmp_path):
+    text = "a,b,label\n" + "NA,the cat,None\nthe dog,null,NA\n" * 4
+    assert main(["train", *with_data(folder, tmp_path / "run", tmp_path / "words.csv", text), "--debug"]) == 0
+    record = json.loads((tmp_path / "run" / "adapter" / "heterolora.json").read_text())
+    assert record["base"]["labels"] == ["NA", "None"]
+
+
+@pytest.mark.parametrize("line, said", [
+    ('lr = "fast"', "--lr must be a number, got 'fast'"), ("batch_size = 1.5", "--batch-size must be a whole number, got 1.5"),
+    ("epochs = true", "--epochs must be a number, got True"), ("label_column = 3", "--label-column must be a string, got 3"),
+    ("text_columns = [1, 2]", "--text-columns must be a name or a list of names"), ('task = "luck"', "--task must be one of"),
+    ('checkpointing = "yes"', "--checkpointing must be true or false"), ('dtype = "int8"', "--dtype must be one of"),
+    ('r = "many"', "r must be an int"), ("target_modules = 3", "target_modules must be"),
+    ("rank_pattern = 3", "rank_pattern must be"),
+], ids=lambda value: value.partition(" ")[0])
+def test_a_toml_value_of_a_wrong_kind_is_named_as_its_flag(folder, tmp_path, capsys, line, said):
+    lines = {name: f'{name} = "{value}"' for name, value in {
+        "model": folder / "bert", "data": folder / "pairs.csv", "label_column": "label", "text_columns": "a"}.items()}
+    lines[line.partition(" ")[0]] = line
+    (tmp_path / "run.toml").write_text("\n".join(lines.values()))
+    assert said in fails(capsys, "train", "--config", str(tmp_path / "run.toml"), "--output", str(tmp_path / "run"))
 
 
 def test_a_run_that_diverges_says_so(folder, tmp_path, capsys):
@@ -232,10 +293,61 @@ def test_resume_refuses_what_contradicts_the_run(run, tmp_path, capsys):
     assert "no run.toml" in fails(capsys, "train", "--resume", "--output", str(tmp_path))
 
 
+CUT = {
+    "empty": lambda folder: [file.unlink() for file in folder.iterdir()],
+    "no state": lambda folder: (folder / "trainer_state.json").unlink(),
+    "half a state": lambda folder: os.truncate(folder / "trainer_state.json", 500),
+    "half the weights": lambda folder: os.truncate(folder / "model.safetensors", 500),
+    "half an optimizer": lambda folder: os.truncate(folder / "optimizer.pt", 500),
+    "half the generators": lambda folder: os.truncate(folder / "rng_state.pth", 500),
+}
+
+
+@pytest.mark.parametrize("cut", CUT.values(), ids=CUT)
+def test_a_run_killed_while_it_saves_resumes_from_the_checkpoint_before(run, tmp_path, capsys, cut):
+    output = tmp_path / "killed"
+    shutil.copytree(run, output)
+    whole, half = (output / "checkpoints" / f"checkpoint-{step}" for step in (9, 18))
+    cut(half)
+    assert main(["train", "--resume", "--output", str(output), "--debug"]) == 0
+    assert f"{half} was not written to its end" in capsys.readouterr().err
+    assert whole.is_dir()
+    for name in ("history.jsonl", "adapter/adapter.safetensors"):
+        assert (output / name).read_bytes() == (run / name).read_bytes(), name
+
+
+def test_a_run_without_a_whole_checkpoint_is_said(run, tmp_path, capsys):
+    output = tmp_path / "killed"
+    shutil.copytree(run, output)
+    for checkpoint in (output / "checkpoints").iterdir():
+        (checkpoint / "trainer_state.json").unlink()
+    assert "--resume" in (line := fails(capsys, "train", "--resume", "--output", str(output))) and "--overwrite" in line
+
+
+def test_overwriting_leaves_nothing_of_the_old_run_to_resume_from(folder, run, tmp_path, monkeypatch):
+    output, train, steps = tmp_path / "again", transformers.Trainer.training_step, []
+    shutil.copytree(run, output)
+    (output / "notes.txt").write_text("mine")
+
+    def interrupted(self, *args, **kwargs):
+        steps.append(1)
+        if len(steps) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.Trainer, "training_step", interrupted)
+    assert main(["train", *pairs(folder, output, "--epochs", "1", "--overwrite", "--debug")]) == 130
+    assert [place.name for place in (output / "checkpoints").iterdir()] == ["checkpoint-2"]
+    assert (output / "notes.txt").read_text() == "mine"
+
+
 def test_usage_errors_exit_with_2(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["train", "--r", "many", "--output", "x"])
-    assert stopped.value.code == 2
+    for flag, value in (("--r", "many"), ("--rank-pattern", "query"), ("--rank-pattern", "query=x"), ("--dtype", "int8")):
+        with pytest.raises(SystemExit) as stopped:
+            main(["train", flag, value, "--output", "x"])
+        assert stopped.value.code == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert flag in line and "_" not in line
 
 
 @pytest.mark.parametrize("command", ["train", "search", "plot", "info", "export", "demo"])
@@ -287,7 +399,44 @@ def test_export_to_peft_computes_the_same(folder, run, tmp_path, capsys):
 
 def test_export_merged_is_a_model_of_transformers(run, tmp_path):
     assert main(["export", str(run), "--format", "merged", "--drop-shortcuts", "--output", str(tmp_path / "model")]) == 0
-    assert BertForSequenceClassification.from_pretrained(tmp_path / "model").num_labels == 2
+    model = BertForSequenceClassification.from_pretrained(tmp_path / "model")
+    assert model.config.id2label == {0: "no", 1: "yes"} and model.config.label2id == {"no": 0, "yes": 1}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert tokenizer("the cat")["input_ids"] == [2, 6, 7, 3]
+
+
+def test_export_of_a_decoder_that_classifies_pads_as_it_was_trained(folder, tmp_path):
+    arguments = pairs(folder, tmp_path / "run", "--max-steps", "2")
+    arguments[1] = f"{folder}/llama"
+    assert main(["train", *arguments, "--debug"]) == 0
+    assert main(["export", str(tmp_path / "run"), "--format", "merged", "--output", str(tmp_path / "model"), "--debug"]) == 0
+    model = LlamaForSequenceClassification.from_pretrained(tmp_path / "model")
+    assert LlamaConfig.from_pretrained(folder / "llama").pad_token_id is None and model.config.pad_token_id == 0
+    assert model(input_ids=torch.tensor([[6, 7, 0], [6, 7, 8]])).logits.shape == (2, 2)
+
+
+def test_export_to_the_native_format_keeps_the_search(run, tmp_path):
+    assert main(["export", str(run), "--format", "native", "--output", str(tmp_path / "copy"), "--debug"]) == 0
+    for name in ("adapter.safetensors", "heterolora.json"):
+        assert (tmp_path / "copy" / name).read_bytes() == (run / "adapter" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["export", "nowhere", "--format", "peft", "--output", "x"], "ADAPTER: nowhere/heterolora.json is missing"),
+    (["export", "RUN", "--format", "peft", "--output", "FILE"], "--output: .* is a file"),
+    (["export", "RUN", "--format", "peft", "--output", "x", "--model", "./nowhere"], "--model: ./nowhere cannot be read"),
+    (["plot", "RUN", "--out", "FILE"], "--out: .* is a file"), (["plot", "FILE"], "RUN_DIR: there is no folder"),
+    (["info", "--model", "no/such-model"], "--model: no/such-model cannot be read"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_errors_of_the_other_commands_name_the_argument(run, tmp_path, capsys, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("text")
+    assert re.search(said, fails(capsys, *({"RUN": str(run), "FILE": "file"}.get(part, part) for part in arguments)))
+
+
+@pytest.mark.parametrize("flag, value", [("--search", "dynamic"), ("--score", "in_step"), ("--train-steps", "-1"), ("--lr", "0")])
+def test_search_refuses_what_it_would_not_do(folder, tmp_path, capsys, flag, value):
+    assert f"{flag} must be" in fails(capsys, "search", *pairs(folder, tmp_path / "ranks", flag, value))
 
 
 def test_search_writes_a_pattern_that_peft_reads_and_train_takes(folder, tmp_path, capsys):

@@ -5,7 +5,7 @@
     run.toml                       every setting
     history.jsonl                  a line per reallocation
     reallocation_history.toml, reallocation_frequency.toml   the same in the published layout
-    metrics.json                   results, time, memory, parameters, versions
+    metrics.json                   results, time, memory, parameters, versions; during the run what was measured before it
     ranks.png, frequency.png, churn.png
     README.md                      the model card
 """
@@ -15,7 +15,10 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import re
+import shutil
 import sys
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,12 +28,16 @@ from torch import nn
 from heterolora_kernels._version import __version__
 from heterolora_kernels.cli.options import read_toml
 from heterolora_kernels.cli.plot import draw_run
-from heterolora_kernels.files import write_file
+from heterolora_kernels.files import field_of, read_json, read_tensors, write_file
 from heterolora_kernels.history import published_frequency, published_history, write_jsonl, write_toml
 from heterolora_kernels.patching import count_parameters, state_of
+from heterolora_kernels.peft_format import class_names
 from heterolora_kernels.plotting import rank_map
-from heterolora_kernels.save_and_load import save_adapter
+from heterolora_kernels.save_and_load import NATIVE_NAME, save_adapter
 from heterolora_kernels.search import RankSearch
+
+#: What the Trainer calls its own state.
+TRAINER_STATE_NAME = "trainer_state.json"
 
 
 def open_folder(folder: Path, overwrite: bool) -> None:
@@ -44,6 +51,56 @@ def open_folder(folder: Path, overwrite: bool) -> None:
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise ValueError(f"--output: {folder} is not empty; go on with it by --resume, or replace its files by --overwrite")
     folder.mkdir(parents=True, exist_ok=True)
+
+
+#: What an earlier run leaves that a new one may write late or never: its checkpoints would be resumed from.
+_OF_A_RUN = ("adapter", "checkpoints", "history.jsonl", "reallocation_history.toml", "reallocation_frequency.toml",
+             "metrics.json", "ranks.png", "frequency.png", "churn.png")
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier run left; files of others stay."""
+    for name in _OF_A_RUN:
+        place = folder / name
+        if place.is_dir() and not place.is_symlink():
+            shutil.rmtree(place)
+        else:
+            place.unlink(missing_ok=True)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The Trainer's last checkpoint that was written to its end; what a kill cut off is left out, and said."""
+    found = [(int(match[1]), place) for place in (folder.iterdir() if folder.is_dir() else ())
+             if (match := re.fullmatch(r"checkpoint-(\d+)", place.name)) and place.is_dir()]
+    for _, place in sorted(found, reverse=True):
+        odd = _cut_off(place)
+        if odd is None:
+            return place
+        print(f"{place} was not written to its end ({odd}) and is left out", file=sys.stderr)
+    return None
+
+
+def _cut_off(checkpoint: Path) -> str | None:
+    """The first file that is missing or damaged. The Trainer writes its own state last."""
+    try:
+        for name in (TRAINER_STATE_NAME, NATIVE_NAME):
+            read_json(checkpoint / name)
+        weights = field_of(read_json(checkpoint / NATIVE_NAME), "weights", dict, NATIVE_NAME)
+        read_tensors(checkpoint / str(weights.get("file")), weights.get("sha256"))
+    except (OSError, ValueError) as error:
+        return str(error)
+    # What torch.save writes are zip files, whose table of contents stands at their end.
+    files = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth")]
+    return next((f"{file} is missing or damaged" for file in files if not zipfile.is_zipfile(file)), None)
+
+
+def read_before(folder: Path) -> dict[str, float]:
+    """What was measured before a run that is resumed; nothing where its file says nothing."""
+    try:
+        found = read_json(folder / "metrics.json")
+    except (OSError, ValueError):
+        return {}
+    return {name: value for name, value in found.items() if name.startswith("before_")}
 
 
 def write_settings(folder: Path, settings: Mapping) -> None:
@@ -128,17 +185,19 @@ def write_card(folder: Path, model: nn.Module, search: RankSearch, settings: Map
     rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in shown.items())
     ranks = rank_map(search.ranks, {name for name, path in state_of(model).paths.items() if bool(path.lora_B.any())})
     loader = "AutoModelForCausalLM" if settings["task"] == "causal-lm" else "AutoModelForSequenceClassification"
-    labels = f", num_labels={model.config.num_labels}" if settings["task"] == "classification" else ""
+    classes = class_names(model)
+    labels = f", num_labels={len(classes)}" if classes else ""
     pictures = "\n".join(f"![{name}]({name}.png)" for name in ("ranks", "frequency", "churn")
                          if (folder / f"{name}.png").exists())
     warm = sum(entry["warmup"] for entry in search.history)
+    classes_row = f"\n| classes | {', '.join(f'{index}: {name}' for index, name in enumerate(classes))} |" if classes else ""
     write_file(folder / "README.md", f"""# Adapter for {settings["model"]}
 LoRA adapters with chosen ranks (heterolora_kernels {__version__}; HeteroLoRA, arXiv 2406.14956), in `adapter/`.
 
 | | |
 |---|---|
 | base model | {settings["model"]} ({settings["dtype"]}) |
-| task and data | {settings["task"]}, {settings["data"]} |
+| task and data | {settings["task"]}, {settings["data"]} |{classes_row}
 | search | {config.search}, proxy {config.proxy}, normalize {config.normalize}, ranks {config.ranks} |
 | budget | {config.budget} {config.budget_unit}, mode {config.mode} |
 | reached | {reached["paths_on"]} of {reached["paths"]} paths, {reached["rows_on"]} of {reached["rows"]} rows, \

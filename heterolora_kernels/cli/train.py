@@ -37,9 +37,10 @@ TRAINING = {
     "warmup_steps": ("float", 0.0, "steps in which the learning rate rises; below 1: part of the run"),
     "weight_decay": ("float", 0.01, "of AdamW"),
     "max_grad_norm": ("float", 1.0, "gradients are clipped to this norm"),
-    "save_every": ("float", 0.0, "optimizer steps between checkpoints; 0: each epoch"),
+    "save_every": ("int", 0, "optimizer steps between checkpoints; 0: each epoch"),
     "checkpointing": ("bool", False, "recompute activations in the backward: less memory, more time"),
 }
+_LEAST = {"batch_size": 1, "accumulation": 1, "warmup_steps": 0, "weight_decay": 0, "max_grad_norm": 0, "save_every": 0}
 #: How a run is started; not part of what it is.
 _STARTING = ("output", "resume", "overwrite", "config", "debug", "run", "command")
 
@@ -79,12 +80,34 @@ def _settings(args: argparse.Namespace) -> dict:
     return written
 
 
+def _check_training(settings: Mapping) -> None:
+    """Complain now, and by the flag's name, not after the model was loaded."""
+    options.check_types(settings, TRAINING)
+    options.check_least(settings, _LEAST)
+    for name in ("epochs", "lr"):
+        if settings[name] <= 0:
+            raise ValueError(f"--{name} must be > 0, got {settings[name]!r}")
+    if settings["max_steps"] != -1 and settings["max_steps"] < 1:
+        raise ValueError(f"--max-steps must be at least 1, or -1 for as many as --epochs need, got {settings['max_steps']!r}")
+    try:
+        from transformers import SchedulerType
+    except ImportError:
+        # data.prepare says which extra is missing.
+        return
+    names = [kind.value for kind in SchedulerType]
+    if settings["scheduler"] not in names:
+        raise ValueError(f"--scheduler must be one of {names}, got {settings['scheduler']!r}")
+
+
 def config_of(settings: Mapping) -> HeteroLoraConfig:
     """The config of a run; with ``init_ranks`` that of the ranks that were found."""
     if settings.get("init_ranks") is None:
         return options.config_from(settings)
     file = Path(settings["init_ranks"]) / CONFIG_NAME
-    found = read_json(file)
+    try:
+        found = read_json(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--init-ranks: {error}") from error
     names = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules")
     ranks = {name: field_of(found, name, (int, float, dict, list, str), file) for name in names}
     clash = [name for name in (*names, "search", "shortcuts") if settings.get(name) not in (None, "off", [])]
@@ -167,6 +190,7 @@ def run(args: argparse.Namespace) -> int:
     """The command."""
     settings = _settings(args)
     settings["task"] = data.check_settings(settings)
+    _check_training(settings)
     config = config_of(settings)
     output: Path = args.output
     if not args.resume:
@@ -174,27 +198,28 @@ def run(args: argparse.Namespace) -> int:
     prepared = data.prepare(settings, config.seed)
     model = apply_heterolora(prepared.model, config)
     if not args.resume:
+        run_folder.clear(output)
         run_folder.write_settings(output, settings)
     print_trainable_parameters(model)
     return _train(prepared, model, settings, output, args.resume)
 
 
 def _train(prepared: data.Prepared, model: nn.Module, settings: Mapping, output: Path, resume: bool) -> int:
-    from transformers.trainer_utils import get_last_checkpoint
-
     from heterolora_kernels.callback import HeteroLoraCallback
 
     config = config_of(settings)
     checkpoints = output / "checkpoints"
-    last = get_last_checkpoint(str(checkpoints)) if resume and checkpoints.is_dir() else None
+    last = run_folder.last_checkpoint(checkpoints) if resume else None
     if resume and last is None:
-        raise FileNotFoundError(f"--resume: {checkpoints} has no checkpoint: begin anew with --overwrite")
+        raise FileNotFoundError(f"--resume: {checkpoints} has no checkpoint that was written to its end: begin anew with "
+                                "--overwrite")
     callback = HeteroLoraCallback(at_last_step=False)
     trainer = build_trainer(prepared, settings, checkpoints, callback, config.seed)
     began = time.perf_counter()
-    before = {} if resume else _evaluate(trainer, "before")
+    before = run_folder.read_before(output) if resume else _evaluate(trainer, "before")
+    run_folder.write_json_file(output / "metrics.json", before)
     with _stops_at_ctrl_c(trainer) as stopped:
-        result = trainer.train(resume_from_checkpoint=last)
+        result = trainer.train(resume_from_checkpoint=None if last is None else str(last))
     search = callback.search
     done = trainer.state.global_step >= trainer.state.max_steps
     steps_per_epoch = max(1, round(trainer.state.max_steps / max(trainer.state.num_train_epochs, 1)))
