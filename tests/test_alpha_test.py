@@ -190,8 +190,9 @@ def test_empty_eval_batches_are_named():
         hlk.RankSearch(make_net(), eval_batches=[]).score(BATCHES, proxy="alpha_test")
 
 
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt], ids=["error", "interrupt"])
 @pytest.mark.parametrize("last", [None, 0, 1, 5], ids=str)
-def test_nothing_is_left_behind(last):
+def test_nothing_is_left_behind(last, error):
     model = make_net()
     model.train()
     model.norm.eval()
@@ -200,6 +201,9 @@ def test_nothing_is_left_behind(last):
     search = hlk.RankSearch(model)
     search.apply({"layers.0": 0, "layers.2": [True, False, True, False]})
     before, ranks, modes = snapshot(model), search.ranks, [module.training for module in model.modules()]
+    linears = model._heterolora_state.linears
+    gates = [module._heterolora.derived.gate.clone() for module in linears]
+    assert sorted(torch.cat(gates).tolist()) == [0.0] * 6 + [1.0] * 10
     out = model(**BATCHES[1]).out
     state, python = torch.get_rng_state(), random.getstate()
     calls = []
@@ -209,7 +213,7 @@ def test_nothing_is_left_behind(last):
         random.random(), torch.rand(1)
         calls.append(1)
         if last is not None and len(calls) > last:
-            raise RuntimeError("on purpose")
+            raise error("on purpose")
         return loss_metric(model, batches)
 
     def score():
@@ -218,9 +222,10 @@ def test_nothing_is_left_behind(last):
     if last is None:
         score()
     else:
-        with pytest.raises(RuntimeError, match="on purpose"):
+        with pytest.raises(error, match="on purpose"):
             score()
     assert same_bits(before, snapshot(model)) and search.ranks == ranks
+    assert all(map(torch.equal, gates, (module._heterolora.derived.gate for module in linears)))
     assert torch.equal(model(**BATCHES[1]).out, out)
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state) and random.getstate() == python

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers_search import adapter, build, llama_batch, make_llama, net_batch, path_names, train
+from helpers_search import build, llama_batch, make_llama, net_batch, train
 
 import heterolora_kernels as hlk
 from heterolora_kernels.proxies import PathSize, get_proxy, normalized
@@ -57,24 +57,20 @@ def test_proxies_of_degree_0_are_never_normalised(proxy, how):
     assert result(SCORES, proxy, how) == SCORES
 
 
-@pytest.mark.parametrize("proxy, factor", [("grad_norm", 4.0), ("snip", 4.0), ("taylor", 16.0)])
-def test_scale_takes_away_what_alpha_gives_to_lora(proxy, factor):
-    # The same function by an alpha four times as large and a B a fourth: every score grows with s.
+@pytest.mark.parametrize("proxy, degree", [("grad_norm", 1), ("snip", 1), ("taylor", 2), ("fisher", 2), ("gate", 1),
+                                           ("synflow", 1)])
+def test_scale_takes_away_what_alpha_gives_to_lora(proxy, degree):
+    # So small that the outputs, and what comes back from them, are those of the base: what is left of alpha is its own factor.
     def scores(alpha: float, normalize: str) -> dict:
-        model = make_llama(shortcuts=(), lora_alpha=alpha, normalize=normalize, score="probe")
-        with torch.no_grad():
-            for name in path_names(model):
-                adapter(model, name).lora_B.zero_() if proxy == "grad_norm" else adapter(model, name).lora_B.mul_(12 / alpha)
+        model = make_llama(shortcuts=(), lora_alpha=alpha, normalize=normalize, score="probe", dtype=torch.float64)
         return hlk.RankSearch(model).score([llama_batch(0)], proxy=proxy)
 
-    small, large = scores(12, "none"), scores(48, "none")
-    if proxy == "grad_norm":
-        assert large == pytest.approx({name: factor * score for name, score in small.items()}, rel=1e-4)
-        assert scores(48, "scale") == pytest.approx(scores(12, "scale"), rel=1e-4)
-    else:
-        found, sizes = scores(48, "scale"), 48 / 3
-        degree = get_proxy(proxy).degree
-        assert found == pytest.approx({name: score / sizes ** degree for name, score in large.items()}, rel=1e-6)
+    small, large = scores(1e-6, "none"), scores(4e-6, "none")
+    # Under synflow, q and k get next to nothing where all positions are fed alike: what is left is rounding.
+    names = [name for name in small if small[name] > 1e-9 * max(small.values())]
+    assert len(names) >= 2 * 5 and all(large[name] == pytest.approx(4**degree * small[name], rel=1e-4) for name in names)
+    first, second = scores(1e-6, "scale"), scores(4e-6, "scale")
+    assert all(first[name] == pytest.approx(second[name], rel=1e-4) for name in names)
 
 
 def test_a_search_normalises_by_the_type_of_module():
