@@ -32,8 +32,7 @@ std::atomic<int> chosen_isa{-1};
 hlk::Isa isa() {
     int isa = chosen_isa.load();
     if (isa < 0) {
-        isa = hlk::num_isas - 1;
-        while (hlk::isa_missing(static_cast<hlk::Isa>(isa)) != nullptr) --isa;
+        isa = static_cast<int>(hlk::best_isa());
         chosen_isa.store(isa);
     }
     return static_cast<hlk::Isa>(isa);
@@ -169,8 +168,8 @@ void describe_paths(Call& call, const Tensor& x, const Shared& s) {
     hlk::Group& g = call.group;
     TORCH_CHECK_VALUE(x.dim() == 2, "x must be [M, K], got shape ", x.sizes());
     g.dtype = dtype_of("x", x);
-    g.engine = &hlk::engine_for(isa(), g.dtype);
     g.rows = x.size(0);
+    g.engine = &hlk::engine_for(isa(), g.dtype, g.rows);
     g.sources.resize(1 + s.sources.size());
     g.sources[0].values = call.rows_of("x", x);
     g.sources[0].columns = x.size(1);
@@ -280,11 +279,11 @@ struct PackHeader {
     uint64_t fingerprint;
     const void* address;
     int64_t version, out_features, in_features;
-    int32_t unit, lanes, for_forward, magic;
-    uint8_t padding[8];
+    int32_t unit, lanes, unit_step, for_forward, magic;
+    uint8_t padding[4];
 };
 static_assert(sizeof(PackHeader) == 64, "the units behind it stay aligned");
-constexpr int32_t pack_magic = 0x484C4B31;
+constexpr int32_t pack_magic = 0x484C4B32;
 
 // A sample of the weight's bits, so that a write that no version counter saw does not go unnoticed.
 uint64_t fingerprint(const hlk::Weight& weight, int64_t rows, int64_t columns) {
@@ -317,7 +316,8 @@ hlk::Weight weight_of(Call& call, const Tensor& weight) {
 PackHeader header_of(const hlk::Engine& engine, const Tensor& weight, const hlk::Weight& values) {
     const int64_t out = weight.size(0), in = weight.size(1);
     const uint64_t print = values.transposed ? fingerprint(values, in, out) : fingerprint(values, out, in);
-    return {print, weight.const_data_ptr(), version_of(weight), out, in, engine.unit, engine.lanes, 0, pack_magic, {}};
+    return {print, weight.const_data_ptr(), version_of(weight), out, in, engine.unit, engine.lanes, engine.unit_step, 0,
+            pack_magic, {}};
 }
 
 int64_t pack_bytes(const hlk::Engine& engine, const Tensor& weight, bool for_forward) {
@@ -345,6 +345,11 @@ Tensor make_pack(const hlk::Engine& engine, const Tensor& weight, const hlk::Wei
     return pack;
 }
 
+// Packs are for calls of more than few rows: the others read the weight where it lies.
+const hlk::Engine& packing_engine(const Tensor& weight) {
+    return hlk::engine_for(isa(), dtype_of("weight", weight), hlk::few_rows + 1);
+}
+
 void check_packable(const Tensor& weight) {
     TORCH_CHECK_VALUE(weight.dim() == 2 && weight.device().is_cpu(), "weight must be [N, K] on the cpu, got ", weight.sizes(), " on ",
                       weight.device());
@@ -355,7 +360,7 @@ int64_t cpu_packed_bytes(const Tensor& weight, bool needs_grad) {
     check_packable(weight);
     const auto dtype = weight.scalar_type();
     if (dtype != at::kFloat && dtype != at::kBFloat16) return 0;
-    const hlk::Engine& engine = hlk::engine_for(isa(), dtype_of("weight", weight));
+    const hlk::Engine& engine = packing_engine(weight);
     if (engine.unit * hlk::size_of(dtype_of("weight", weight)) != 4) return 0;
     return pack_bytes(engine, weight, true) + (needs_grad ? pack_bytes(engine, weight, false) : 0);
 }
@@ -363,7 +368,7 @@ int64_t cpu_packed_bytes(const Tensor& weight, bool needs_grad) {
 std::vector<Tensor> cpu_pack_weight(const Tensor& weight, bool needs_grad) {
     check_packable(weight);
     Call call;
-    const hlk::Engine& engine = hlk::engine_for(isa(), dtype_of("weight", weight));
+    const hlk::Engine& engine = packing_engine(weight);
     const hlk::Weight values = weight_of(call, weight);
     return {make_pack(engine, weight, values, true),
             needs_grad ? make_pack(engine, weight, values, false) : at::empty({0}, at::TensorOptions().dtype(at::kByte))};
@@ -376,7 +381,7 @@ void describe_linears(Call& call, const Tensor& x, TensorList weights, TensorLis
                       2 * weights.size(), "), got ", packs.size());
     TORCH_CHECK_VALUE(biases.size() == weights.size(), "biases must have one entry per weight (", weights.size(),
                       "), empty where there is none, got ", biases.size());
-    const hlk::Engine& engine = hlk::engine_for(isa(), dtype_of("x", x));
+    const hlk::Engine& engine = hlk::engine_for(isa(), dtype_of("x", x), x.size(0));
     call.group.outputs.resize(weights.size());
     for (size_t i = 0; i < weights.size(); ++i) {
         const Tensor &weight = weights[i], &bias = biases[i];

@@ -3,9 +3,11 @@
 // Everything is written in *units* of 32 bits: one float, or a pair of neighbouring bf16 values along the contraction. Both
 // have the same geometry, so one GEMM serves both; only packing and the multiply-accumulate instruction differ.
 //
-//   strip  [units][rows]     at most `max_rows` rows of the left operand, unit by unit
-//   panel  [units][columns]  columns of the right operand, unit by unit
+//   panel         [units][columns]  columns of the right operand, unit by unit
+//   strip         at most `max_rows` rows of the left operand, in the engine's own layout
+//   coefficients  the left operand of an outer product, in the engine's own layout
 //
+// An engine may pad units and rows (`unit_step`, `row_step`): padding is zero in panels, strips and coefficients.
 // Kernels see pointers, sizes and strides, never torch.
 #pragma once
 
@@ -38,10 +40,9 @@ struct Keep {
     }
 };
 
-// One product of the accumulator: sum over units of a[u][row] * b[u][column].
+// One product of the accumulator: strip a of the tile's rows times panel b.
 struct Segment {
     const uint32_t* a;
-    int64_t a_stride;
     const uint32_t* b;
     int64_t b_stride;
     int64_t units;
@@ -62,13 +63,14 @@ struct Tile {
     int64_t out_ld = 0;
 };
 
-// out[count, columns] = sum over rows m of coef[m][j] * keep(u)[m][c]; coef as units [ceil(rows / unit)][coef_stride].
+// out[count, columns] = sum over rows m of coef[m][j] * keep(u)[m][c]; coef holds `lanes` coefficients of each row, of which the
+// first `count` are used.
 struct Outer {
     int count = 0;
     int columns = 0;
     int64_t rows = 0;
     const uint32_t* coef = nullptr;
-    int64_t coef_stride = 0;
+    int64_t lanes = 0;
     Matrix u;
     Keep keep;
     float* out = nullptr;
@@ -95,35 +97,72 @@ struct Merge {
     float squares = 0, abs_products = 0, products_sq = 0;
 };
 
+// Up to this many rows a weight is read where it lies: packing it would cost more than the product.
+constexpr int64_t few_rows = 16;
+
 // The kernels of one instruction set for one kind of unit.
 struct Engine {
     const char* name;
     int unit;        // elements of the contraction in a unit: 1 (float) or 2 (pair of bf16)
     int lanes;       // columns of a vector
-    int max_rows;    // of a strip and of a tile
-    // strip or panel from rows whose contraction runs along the row: out[u * stride + row]
-    void (*pack_rows)(Matrix source, Keep keep, int64_t rows, int64_t depth, uint32_t* out, int64_t stride);
-    // panel from rows along which the contraction does not run: out[u * stride + column], u counts rows
+    int max_rows;    // of a strip
+    int tile_rows;   // of a tile: those of a strip, or of several strips that follow each other
+    int block_rows;  // of a block whose strips stay in the second cache of a core
+    int row_step;    // rows of a strip and lanes of coefficients are padded to a multiple of this
+    int unit_step;   // units of a contraction are padded to a multiple of this
+    // a strip of `rows` rows, padding included; rows whose contraction runs along the row
+    void (*pack_strip)(Matrix source, Keep keep, int64_t rows, int64_t depth, uint32_t* out);
+    // columns of a panel from rows whose contraction runs along the row: out[u * stride + row]
+    void (*pack_rows)(Matrix source, int64_t rows, int64_t depth, uint32_t* out, int64_t stride);
+    // columns of a panel from rows along which the contraction does not run: out[u * stride + column], u counts rows
     void (*pack_columns)(Matrix source, int64_t depth, int64_t columns, uint32_t* out, int64_t stride);
+    // coefficients first ... first + count - 1 of `lanes` from the columns of a matrix
+    void (*pack_coefficients)(Matrix source, int64_t rows, int64_t first, int64_t count, uint32_t* out, int64_t lanes);
     void (*tile)(const Tile& tile);
     void (*outer)(const Outer& outer);
     void (*dot)(const Dot& dot);
     void (*merge)(Merge& merge);
     // bits of `columns` draws of row `row`, 8 columns a byte
     void (*keep_bits)(uint64_t key, uint32_t row, uint32_t source, int64_t columns, uint32_t threshold, uint8_t* out);
+    // around all calls of `tile` and `outer` by one thread; nullptr: nothing to do
+    void (*begin)();
+    void (*end)();
 
-    int64_t units(int64_t depth) const { return (depth + unit - 1) / unit; }
+    int64_t units(int64_t depth) const { return padded((depth + unit - 1) / unit, unit_step); }
+    int64_t strip_rows(int64_t rows) const { return padded(rows, row_step); }
+    int64_t coefficient_units(int64_t rows, int64_t lanes) const { return units(rows) * padded(lanes, row_step); }
     int panel() const { return 2 * lanes; }
+
+private:
+    static int64_t padded(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 };
 
-// The instruction sets from the plainest to the most capable.
-enum class Isa : int32_t { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
-constexpr int num_isas = 4;
+// What an engine needs of the thread that runs it, for the length of a scope.
+class EngineScope {
+public:
+    explicit EngineScope(const Engine& engine) : engine_(engine) {
+        if (engine_.begin != nullptr) engine_.begin();
+    }
+    ~EngineScope() {
+        if (engine_.end != nullptr) engine_.end();
+    }
+    EngineScope(const EngineScope&) = delete;
+    EngineScope& operator=(const EngineScope&) = delete;
+
+private:
+    const Engine& engine_;
+};
+
+// The instruction sets from the plainest to the most capable; the last computes what amx_bf16 computes without its tiles.
+enum class Isa : int32_t { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx_bf16 = 4, amx_bf16_emulated = 5 };
+constexpr int num_isas = 6;
 
 const char* isa_name(Isa isa);
 // nullptr where this machine and this build have it, else the reason.
 const char* isa_missing(Isa isa);
-// The engine of an instruction set for inputs of a dtype.
-const Engine& engine_for(Isa isa, DType dtype);
+// The most capable that this machine and this build have; never the emulated one.
+Isa best_isa();
+// The engine of an instruction set for inputs of a dtype and a number of rows.
+const Engine& engine_for(Isa isa, DType dtype, int64_t rows);
 
 }  // namespace hlk

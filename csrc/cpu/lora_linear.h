@@ -57,9 +57,6 @@ struct Path {
     float* stats = nullptr;        // [rank, num_columns]; nullptr: not wanted
 };
 
-// Up to this many rows a weight is read where it lies: packing it would cost more than the product.
-constexpr int64_t few_rows = 16;
-
 // The columns of stats, and their names in this order.
 enum StatsColumn { hidden_sq, grad_A_sq, grad_B_sq, abs_A_grad_A, abs_B_grad_B, gate_grad, taylor_sq, num_stats_columns };
 extern const char* const stats_columns[num_stats_columns];

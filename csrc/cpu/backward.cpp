@@ -1,0 +1,396 @@
+// The backward of a group. A thread takes a block of rows through all stages: packs a strip of every grad_out, computes its
+// rows of q, then the gradients of the sources panel by panel, and the block's parts of grad_A, grad_B and the statistics.
+// The parts are summed in block order at the end.
+#include "products.h"
+#include "workspace.h"
+
+namespace hlk {
+
+const char* const stats_columns[num_stats_columns] = {"hidden_sq", "grad_A_sq", "grad_B_sq", "abs_A_grad_A",
+                                                      "abs_B_grad_B", "gate_grad", "taylor_sq"};
+
+namespace {
+
+// Partial sums of the gradients; more is avoided by larger blocks.
+constexpr int64_t most_partial_bytes = 128 << 20;
+
+class Backward {
+public:
+    Backward(Group& group, const Parallel& parallel)
+        : g_(group), e_(*group.engine), parallel_(limited(parallel, 2 * work_of(group))), lanes_(lanes_of(group)),
+          blocks_(e_, group.rows, depth_of(group)), shared_(call_arena()) {
+        for (size_t p = 0; p < g_.paths.size(); ++p) {
+            const Path& path = g_.paths[p];
+            statistics_ = statistics_ || path.stats != nullptr;
+            grads_A_ = grads_A_ || path.grad_A != nullptr;
+            grads_B_ = grads_B_ || path.grad_B != nullptr;
+        }
+        int64_t floats = 0;
+        for (size_t key = 0; key < g_.sources.size(); ++key) floats += lanes_.source_width[key] * g_.sources[key].columns;
+        for (size_t i = 0; i < g_.outputs.size(); ++i) floats += lanes_.output_width[i] * g_.outputs[i].columns;
+        while (blocks_.count > 8 && 4 * blocks_.count * floats > most_partial_bytes) blocks_.count /= 2;
+    }
+
+    void run() {
+        if (g_.sources[0].grad != nullptr) weights_ = weight_panels(g_, false, shared_, parallel_);
+        pack_paths();
+        for (size_t key = 0; key < g_.sources.size(); ++key) {
+            const int64_t size = shadow_A() ? blocks_.count * lanes_.source_width[key] * g_.sources[key].columns : 0;
+            partial_A_.push_back(shared_.take<float>(size));
+        }
+        for (size_t i = 0; i < g_.outputs.size(); ++i) {
+            const int64_t size = shadow_B() ? blocks_.count * lanes_.output_width[i] * g_.outputs[i].columns : 0;
+            partial_B_.push_back(shared_.take<float>(size));
+        }
+        int64_t width = 0;
+        for (int64_t lanes : lanes_.output_width) width += lanes;
+        partial_sums_ = shared_.take<float>(statistics_ ? 2 * blocks_.count * width : 0);
+        sums_width_ = width;
+        run_blocks(*this, e_, blocks_, shared_, parallel_);
+        merge();
+        call_arena().trim();
+    }
+
+    struct Scratch {
+        int64_t block, first;
+        Strips strips, tiles;
+        std::vector<uint32_t*> grad_out;   // per output: strips of grad_out
+        std::vector<uint32_t*> low_rank;   // per source: strips of s gate q
+        std::vector<float*> q;             // per source: [rows of the block][lanes]
+        std::vector<uint32_t*> q_coef;     // per source: coefficients from q
+        std::vector<uint32_t*> h_coef;     // per output: coefficients from h
+    };
+
+    Scratch make(Slots& slots, int64_t block) {
+        const int64_t size = blocks_.size(block), rows = e_.strip_rows(size);
+        Scratch scratch{block, blocks_.first(block), Strips(e_, size, e_.max_rows), Strips(e_, size, e_.tile_rows),
+                        {}, {}, {}, {}, {}};
+        for (size_t i = 0; i < g_.outputs.size(); ++i) {
+            const bool packed = g_.outputs[i].grad_out.data != nullptr && needs_strip(i);
+            scratch.grad_out.push_back(slots.take<uint32_t>(packed ? rows * e_.units(g_.outputs[i].columns) : 0));
+            scratch.h_coef.push_back(slots.zeroed(shadow_B() ? e_.coefficient_units(size, lanes_.output_width[i]) : 0));
+        }
+        for (size_t key = 0; key < g_.sources.size(); ++key) {
+            const int64_t lanes = lanes_.source_width[key];
+            scratch.low_rank.push_back(slots.take<uint32_t>(rows * e_.units(lanes)));
+            scratch.q.push_back(slots.take<float>(size * lanes));
+            scratch.q_coef.push_back(slots.zeroed(shadow_A() ? e_.coefficient_units(size, lanes) : 0));
+        }
+        return scratch;
+    }
+
+    // Packs a strip of every grad_out, computes its rows of q, and packs them for the gradients of the sources.
+    void strip(Scratch& scratch, int64_t s, Slots slots) {
+        const int64_t from = scratch.strips.first(s), rows = scratch.strips.size(s), row = scratch.first + from;
+        for (size_t key = 0; key < g_.sources.size(); ++key) {
+            const int64_t lanes = lanes_.source_width[key];
+            std::memset(scratch.q[key] + from * lanes, 0, 4 * rows * lanes);
+        }
+        for (size_t i = 0; i < g_.outputs.size(); ++i) {
+            const Output& output = g_.outputs[i];
+            if (output.grad_out.data == nullptr || !needs_strip(i)) continue;
+            uint32_t* packed = scratch.grad_out[i] + from * e_.units(output.columns);
+            e_.pack_strip(output.grad_out.at(row, 0), Keep{}, rows, output.columns, packed);
+            const int64_t width = round_up(lanes_.output_width[i], e_.lanes);
+            if (width == 0) continue;
+            auto* q = slots.take<float>(rows * width);
+            low_rank_product(e_, packed, rows, lora_B_[i], width, e_.units(output.columns), q);
+            for (size_t p = 0; p < g_.paths.size(); ++p) {
+                const Path& path = g_.paths[p];
+                if (path.output != static_cast<int>(i)) continue;
+                const int64_t lanes = lanes_.source_width[path.source];
+                for (int64_t r = 0; r < rows; ++r) {
+                    std::memcpy(scratch.q[path.source] + (from + r) * lanes + lanes_.of_source[p],
+                                q + r * width + lanes_.of_output[p], 4 * path.rows);
+                }
+            }
+        }
+        for (size_t key = 0; key < g_.sources.size(); ++key) {
+            const int64_t lanes = lanes_.source_width[key];
+            if (lanes == 0 || g_.sources[key].grad == nullptr) continue;
+            auto* scaled = slots.take<float>(rows * lanes);
+            std::memset(scaled, 0, 4 * rows * lanes);
+            for (size_t p = 0; p < g_.paths.size(); ++p) {
+                const Path& path = g_.paths[p];
+                if (path.source != static_cast<int>(key)) continue;
+                for (int64_t r = 0; r < rows; ++r) {
+                    const float* q = scratch.q[key] + (from + r) * lanes + lanes_.of_source[p];
+                    float* to = scaled + r * lanes + lanes_.of_source[p];
+                    for (int64_t j = 0; j < path.rows; ++j) {
+                        const float gate = path.gate[j];
+                        to[j] = gate == 0.0f ? 0.0f : q[j] * (gate * path.scaling * g_.dropout_scale);
+                    }
+                }
+            }
+            e_.pack_strip({scaled, DType::f32, lanes}, Keep{}, rows, lanes, scratch.low_rank[key] + from * e_.units(lanes));
+        }
+    }
+
+    // What the outer products multiply with, and the sums of q h and h^2.
+    void finish(Scratch& scratch) {
+        const int64_t rows = scratch.strips.rows;
+        if (shadow_A()) {
+            for (size_t key = 0; key < g_.sources.size(); ++key) {
+                const int64_t lanes = lanes_.source_width[key];
+                if (lanes == 0) continue;
+                e_.pack_coefficients({scratch.q[key], DType::f32, lanes}, rows, 0, lanes, scratch.q_coef[key], lanes);
+            }
+        }
+        if (!shadow_B()) return;
+        for (size_t p = 0; p < g_.paths.size(); ++p) {
+            const Path& path = g_.paths[p];
+            const Matrix hidden = Matrix{g_.hidden, g_.dtype, g_.hidden_ld}.at(scratch.first, path.hidden_column);
+            e_.pack_coefficients(hidden, rows, lanes_.of_output[p], path.rows, scratch.h_coef[path.output],
+                                 lanes_.output_width[path.output]);
+            if (path.stats != nullptr) sum_hidden(scratch, p, hidden);
+        }
+    }
+
+    void columns(Scratch& scratch, int64_t part, int64_t parts, Slots slots) {
+        const int width = e_.panel();
+        for (size_t key = 0; key < g_.sources.size(); ++key) {
+            const Source& source = g_.sources[key];
+            const Range range = share((source.columns + width - 1) / width, part, parts);
+            if (source.grad != nullptr) source_columns(scratch, key, range, slots);
+            const int64_t lanes = lanes_.source_width[key];
+            if (shadow_A() && lanes > 0) {
+                outer(scratch.q_coef[key], lanes, source.values.at(scratch.first, 0), source.keep.at(scratch.first, 0),
+                      scratch.strips.rows, source.columns, range, partial_A_[key] + scratch.block * lanes * source.columns);
+            }
+        }
+        for (size_t i = 0; i < g_.outputs.size(); ++i) {
+            const Output& output = g_.outputs[i];
+            const int64_t lanes = lanes_.output_width[i];
+            if (!shadow_B() || lanes == 0 || output.grad_out.data == nullptr) continue;
+            const Range range = share((output.columns + width - 1) / width, part, parts);
+            outer(scratch.h_coef[i], lanes, output.grad_out.at(scratch.first, 0), Keep{}, scratch.strips.rows, output.columns,
+                  range, partial_B_[i] + scratch.block * lanes * output.columns);
+        }
+    }
+
+private:
+    // Of the strips that a block keeps.
+    static int64_t depth_of(const Group& g) {
+        int64_t depth = 0;
+        for (const Output& output : g.outputs) depth += output.columns;
+        return depth;
+    }
+
+    bool shadow_A() const { return grads_A_ || statistics_; }
+    bool shadow_B() const { return grads_B_ || statistics_; }
+
+    // Whether the packed rows of a grad_out are used.
+    bool needs_strip(size_t i) const {
+        return lanes_.output_width[i] > 0 || (g_.outputs[i].has_weight && g_.sources[0].grad != nullptr);
+    }
+
+    void pack_paths() {
+        for (size_t key = 0; key < g_.sources.size(); ++key) {
+            const int64_t padded = round_up(g_.sources[key].columns, e_.panel());
+            const bool wanted = g_.sources[key].grad != nullptr;
+            lora_A_.push_back(shared_.zeroed(wanted ? padded * e_.units(lanes_.source_width[key]) : 0));
+        }
+        for (size_t i = 0; i < g_.outputs.size(); ++i) {
+            const int64_t width = round_up(lanes_.output_width[i], e_.lanes);
+            lora_B_.push_back(shared_.zeroed(width * e_.units(g_.outputs[i].columns)));
+        }
+        parallel_.run(g_.paths.size(), [&](int64_t p) {
+            const Path& path = g_.paths[p];
+            if (path.rows == 0) return;
+            const Output& output = g_.outputs[path.output];
+            const Source& source = g_.sources[path.source];
+            e_.pack_columns(path.lora_B, output.columns, path.rows, lora_B_[path.output] + lanes_.of_output[p],
+                            round_up(lanes_.output_width[path.output], e_.lanes));
+            if (source.grad == nullptr) return;
+            pack_path(e_, path, path.lora_A, false, source.columns, lanes_.of_source[p], lanes_.source_width[path.source],
+                      lora_A_[path.source]);
+        });
+    }
+
+    void source_columns(Scratch& scratch, size_t key, Range range, Slots& slots) {
+        const Source& source = g_.sources[key];
+        const int width = e_.panel();
+        const int64_t lane_units = e_.units(lanes_.source_width[key]);
+        const bool few = g_.rows <= few_rows && key == 0 && g_.has_weights();
+        float* base = slots.take<float>(few ? few_rows * width : 0);
+        float* more = slots.take<float>(few ? few_rows * width : 0);
+        std::vector<Segment> segments(1 + (key == 0 ? g_.outputs.size() : 0));
+        for (int64_t panel = range.begin; panel < range.end; ++panel) {
+            const int64_t column = panel * width, here = std::min<int64_t>(width, source.columns - column);
+            for (int64_t s = 0; s < scratch.tiles.count; ++s) {
+                const int64_t from = scratch.tiles.first(s), rows = scratch.tiles.size(s), row = scratch.first + from;
+                Tile tile;
+                tile.segments = segments.data();
+                if (lane_units > 0) {
+                    segments[tile.num_segments++] = {scratch.low_rank[key] + from * lane_units,
+                                                     lora_A_[key] + column * lane_units, width, lane_units};
+                    tile.keep = source.keep.at(row, column);
+                }
+                for (size_t i = 0; key == 0 && !few && i < g_.outputs.size(); ++i) {
+                    const Output& output = g_.outputs[i];
+                    if (!output.has_weight || output.grad_out.data == nullptr) continue;
+                    const int64_t units = e_.units(output.columns);
+                    segments[tile.num_segments++] = {scratch.grad_out[i] + from * units, weights_[i] + column * units, width,
+                                                     units};
+                }
+                if (few) {
+                    few_base(scratch, from, rows, row, column, here, base, more);
+                    tile.base = {base, DType::f32, width};
+                }
+                tile.rows = static_cast<int>(rows);
+                tile.columns = static_cast<int>(here);
+                tile.vectors = here > e_.lanes ? 2 : 1;
+                tile.out = static_cast<char*>(source.grad) + (row * source.columns + column) * size_of(g_.dtype);
+                tile.out_dtype = g_.dtype;
+                tile.out_ld = source.columns;
+                e_.tile(tile);
+            }
+        }
+    }
+
+    void few_base(const Scratch& scratch, int64_t from, int64_t rows, int64_t row, int64_t column, int64_t here, float* base,
+                  float* more) const {
+        const int width = e_.panel();
+        std::memset(base, 0, 4 * rows * width);
+        for (size_t i = 0; i < g_.outputs.size(); ++i) {
+            const Output& output = g_.outputs[i];
+            if (!output.has_weight || output.grad_out.data == nullptr) continue;
+            const int64_t units = e_.units(output.columns);
+            if (output.weight.transposed) {
+                few_along_rows(e_, output.grad_out.at(row, 0), rows, output.weight.values.at(column, 0), here, output.columns,
+                               more, width);
+            } else {
+                few_along_columns(e_, scratch.grad_out[i] + from * units, rows, output.weight.values.at(0, column), here,
+                                  output.columns, more, width);
+            }
+            for (int64_t r = 0; r < rows; ++r) {
+                for (int64_t c = 0; c < here; ++c) base[r * width + c] += more[r * width + c];
+            }
+        }
+    }
+
+    void outer(const uint32_t* coef, int64_t lanes, Matrix u, Keep keep, int64_t rows, int64_t columns, Range range,
+               float* out) const {
+        const int64_t begin = range.begin * e_.panel(), end = std::min(range.end * e_.panel(), columns);
+        if (begin >= end) return;
+        Outer o;
+        o.count = static_cast<int>(lanes);
+        o.columns = static_cast<int>(end - begin);
+        o.rows = rows;
+        o.coef = coef;
+        o.lanes = lanes;
+        o.u = u.at(0, begin);
+        o.keep = keep.at(0, begin);
+        o.out = out + begin;
+        o.out_ld = columns;
+        e_.outer(o);
+    }
+
+    void sum_hidden(const Scratch& scratch, size_t p, Matrix hidden) const {
+        const Path& path = g_.paths[p];
+        const int64_t lanes = lanes_.source_width[path.source];
+        float* sums = partial_sums_ + 2 * (scratch.block * sums_width_ + sums_first(p));
+        std::memset(sums, 0, 8 * path.rows);
+        float h[64];
+        for (int64_t r = 0; r < scratch.strips.rows; ++r) {
+            const float* q = scratch.q[path.source] + r * lanes + lanes_.of_source[p];
+            for (int64_t j = 0; j < path.rows; j += 64) {
+                const int64_t count = std::min<int64_t>(64, path.rows - j);
+                copy_row(e_, hidden.at(r, j), count, h, DType::f32);
+                for (int64_t c = 0; c < count; ++c) {
+                    sums[2 * (j + c)] += h[c] * h[c];
+                    sums[2 * (j + c) + 1] += q[j + c] * h[c];
+                }
+            }
+        }
+    }
+
+    int64_t sums_first(size_t p) const {
+        int64_t first = lanes_.of_output[p];
+        for (int i = 0; i < g_.paths[p].output; ++i) first += lanes_.output_width[i];
+        return first;
+    }
+
+    // Sums the blocks' parts in block order: row by row of lora_A, column by column of lora_B.
+    void merge() {
+        struct Line {
+            size_t path;
+            int64_t j;
+        };
+        std::vector<Line> lines;
+        for (size_t p = 0; p < g_.paths.size(); ++p) {
+            for (int64_t j = 0; j < g_.paths[p].rows; ++j) lines.push_back({p, j});
+        }
+        if (!shadow_A() && !shadow_B()) return;
+        parallel_.run(lines.size(), [&](int64_t i) { merge_line(lines[i].path, lines[i].j); });
+    }
+
+    void merge_line(size_t p, int64_t j) {
+        const Path& path = g_.paths[p];
+        const Output& output = g_.outputs[path.output];
+        const int64_t in = g_.sources[path.source].columns, out = output.columns, size = size_of(path.lora_A.dtype);
+        Merge a, b;
+        a.statistics = b.statistics = path.stats != nullptr;
+        a.gate = b.gate = path.gate[j];
+        if (output.grad_out.data != nullptr) a.blocks = b.blocks = blocks_.count;
+        if (shadow_A()) {
+            const int64_t lanes = lanes_.source_width[path.source];
+            a.partials = partial_A_[path.source] + (lanes_.of_source[p] + j) * in;
+            a.block_stride = lanes * in;
+            a.size = in;
+            a.scale = path.scaling * g_.dropout_scale;
+            a.parameter = path.lora_A.at(j, 0);
+            a.parameter.ld = 1;
+            if (path.grad_A != nullptr) a.grad = static_cast<char*>(path.grad_A) + j * in * size;
+            a.grad_ld = 1;
+            e_.merge(a);
+        }
+        if (shadow_B()) {
+            const int64_t lanes = lanes_.output_width[path.output];
+            b.partials = partial_B_[path.output] + (lanes_.of_output[p] + j) * out;
+            b.block_stride = lanes * out;
+            b.size = out;
+            b.scale = path.scaling;
+            b.parameter = path.lora_B.at(0, j);
+            if (path.grad_B != nullptr) b.grad = static_cast<char*>(path.grad_B) + j * size;
+            b.grad_ld = path.rank;
+            e_.merge(b);
+        }
+        if (path.stats == nullptr) return;
+        float h_sq = 0, qh = 0;
+        for (int64_t block = 0; block < blocks_.count; ++block) {
+            const float* sums = partial_sums_ + 2 * (block * sums_width_ + sums_first(p) + j);
+            h_sq += sums[0];
+            qh += sums[1];
+        }
+        float* stats = path.stats + j * num_stats_columns;
+        stats[hidden_sq] = h_sq;
+        stats[grad_A_sq] = a.squares;
+        stats[grad_B_sq] = b.squares;
+        stats[abs_A_grad_A] = a.abs_products;
+        stats[abs_B_grad_B] = b.abs_products;
+        stats[gate_grad] = path.scaling * qh;
+        stats[taylor_sq] = a.products_sq + b.products_sq;
+    }
+
+    Group& g_;
+    const Engine& e_;
+    Parallel parallel_;
+    Lanes lanes_;
+    Blocks blocks_;
+    Slots shared_;
+    bool statistics_ = false, grads_A_ = false, grads_B_ = false;
+    std::vector<const uint32_t*> weights_;
+    std::vector<uint32_t*> lora_A_;     // per source: panels of its columns over its lanes
+    std::vector<uint32_t*> lora_B_;     // per output: [units(N)][lanes], lanes a multiple of a vector
+    std::vector<float*> partial_A_;     // per source: [blocks][lanes][columns]
+    std::vector<float*> partial_B_;     // per output: [blocks][lanes][N]
+    float* partial_sums_ = nullptr;     // [blocks][lanes of all outputs][h^2, q h]
+    int64_t sums_width_ = 0;
+};
+
+}  // namespace
+
+void backward(Group& group, const Parallel& parallel) { Backward(group, parallel).run(); }
+
+}  // namespace hlk

@@ -1,0 +1,201 @@
+// The forward of a group. A thread takes a block of rows through all stages: packs a strip of x, computes its rows of hidden
+// while they are in the cache, then the outputs panel by panel, with the low-rank units in the same contraction.
+#include "products.h"
+#include "workspace.h"
+
+namespace hlk {
+namespace {
+
+class Forward {
+public:
+    Forward(Group& group, const Parallel& parallel)
+        : g_(group), e_(*group.engine), parallel_(limited(parallel, work_of(group))), lanes_(lanes_of(group)),
+          blocks_(e_, group.rows, group.sources[0].columns), shared_(call_arena()) {}
+
+    void run() {
+        weights_ = weight_panels(g_, true, shared_, parallel_);
+        pack_paths();
+        run_blocks(*this, e_, blocks_, shared_, parallel_);
+        call_arena().trim();
+    }
+
+    struct Scratch {
+        int64_t first;                   // row of the block
+        Strips strips, tiles;
+        uint32_t* x = nullptr;           // strips of x
+        std::vector<uint32_t*> low_rank; // per output: strips of s gate h
+    };
+
+    Scratch make(Slots& slots, int64_t block) {
+        const int64_t size = blocks_.size(block), rows = e_.strip_rows(size);
+        Scratch scratch{blocks_.first(block), Strips(e_, size, e_.max_rows), Strips(e_, size, e_.tile_rows), nullptr, {}};
+        if (needs_x()) scratch.x = slots.take<uint32_t>(rows * e_.units(g_.sources[0].columns));
+        for (size_t i = 0; i < g_.outputs.size(); ++i) {
+            scratch.low_rank.push_back(slots.take<uint32_t>(rows * e_.units(lanes_.output_width[i])));
+        }
+        return scratch;
+    }
+
+    // Packs a strip of x, computes its rows of hidden, and packs them for the outputs.
+    void strip(Scratch& scratch, int64_t s, Slots slots) {
+        const int64_t from = scratch.strips.first(s), rows = scratch.strips.size(s), row = scratch.first + from;
+        const Source& x = g_.sources[0];
+        uint32_t* packed_x = nullptr;
+        if (needs_x()) {
+            packed_x = scratch.x + from * e_.units(x.columns);
+            e_.pack_strip(x.values.at(row, 0), Keep{}, rows, x.columns, packed_x);
+        }
+        std::vector<float*> staged(g_.outputs.size(), nullptr);
+        for (size_t i = 0; i < g_.outputs.size(); ++i) {
+            if (lanes_.output_width[i] == 0) continue;
+            staged[i] = slots.take<float>(rows * lanes_.output_width[i]);
+            std::memset(staged[i], 0, 4 * rows * lanes_.output_width[i]);
+        }
+        for (size_t key = 0; key < g_.sources.size(); ++key) {
+            const Source& source = g_.sources[key];
+            if (g_.dropout && source.keep_out != nullptr) draw_keep(source, key, row, rows);
+            const int64_t width = round_up(lanes_.source_width[key], e_.lanes);
+            if (width == 0) continue;
+            const uint32_t* strip = packed_x;
+            if (key != 0 || g_.dropout || strip == nullptr) {
+                auto* dropped = slots.take<uint32_t>(e_.strip_rows(rows) * e_.units(source.columns));
+                e_.pack_strip(source.values.at(row, 0), source.keep.at(row, 0), rows, source.columns, dropped);
+                strip = dropped;
+            }
+            auto* h = slots.take<float>(rows * width);
+            low_rank_product(e_, strip, rows, lora_A_[key], width, e_.units(source.columns), h);
+            for (size_t p = 0; p < g_.paths.size(); ++p) {
+                const Path& path = g_.paths[p];
+                if (path.source != static_cast<int>(key)) continue;
+                store_hidden(path, p, h, width, row, rows, staged[path.output]);
+            }
+        }
+        for (size_t i = 0; i < g_.outputs.size(); ++i) {
+            const int64_t width = lanes_.output_width[i];
+            if (width == 0) continue;
+            e_.pack_strip({staged[i], DType::f32, width}, Keep{}, rows, width, scratch.low_rank[i] + from * e_.units(width));
+        }
+    }
+
+    void finish(Scratch&) {}
+
+    void columns(Scratch& scratch, int64_t part, int64_t parts, Slots slots) {
+        const int width = e_.panel();
+        const bool few = g_.rows <= few_rows;
+        float* base = few && g_.has_weights() ? slots.take<float>(few_rows * width) : nullptr;
+        for (size_t i = 0; i < g_.outputs.size(); ++i) {
+            const Output& output = g_.outputs[i];
+            const int64_t depth = g_.sources[0].columns, lane_units = e_.units(lanes_.output_width[i]);
+            const Range range = share((output.columns + width - 1) / width, part, parts);
+            for (int64_t panel = range.begin; panel < range.end; ++panel) {
+                const int64_t column = panel * width;
+                const int64_t here = std::min<int64_t>(width, output.columns - column);
+                for (int64_t s = 0; s < scratch.tiles.count; ++s) {
+                    const int64_t from = scratch.tiles.first(s), rows = scratch.tiles.size(s), row = scratch.first + from;
+                    Segment segments[2];
+                    Tile tile;
+                    tile.segments = segments;
+                    if (lane_units > 0) {
+                        segments[tile.num_segments++] = {scratch.low_rank[i] + from * lane_units,
+                                                         lora_B_[i] + column * lane_units, width, lane_units};
+                    }
+                    if (output.has_weight && !few) {
+                        segments[tile.num_segments++] = {scratch.x + from * e_.units(depth),
+                                                         weights_[i] + column * e_.units(depth), width, e_.units(depth)};
+                    } else if (output.has_weight) {
+                        const Weight& weight = output.weight;
+                        if (weight.transposed) {
+                            few_along_columns(e_, scratch.x + from * e_.units(depth), rows, weight.values.at(0, column),
+                                                   here, depth, base, width);
+                        } else {
+                            few_along_rows(e_, g_.sources[0].values.at(row, 0), rows, weight.values.at(column, 0), here,
+                                                depth, base, width);
+                        }
+                        tile.base = {base, DType::f32, width};
+                    } else {
+                        tile.base = output.base.at(row, column);
+                    }
+                    tile.rows = static_cast<int>(rows);
+                    tile.columns = static_cast<int>(here);
+                    tile.vectors = here > e_.lanes ? 2 : 1;
+                    if (output.bias.data != nullptr) tile.bias = output.bias.at(0, column);
+                    tile.out = static_cast<char*>(output.out) + (row * output.columns + column) * size_of(g_.dtype);
+                    tile.out_dtype = g_.dtype;
+                    tile.out_ld = output.columns;
+                    e_.tile(tile);
+                }
+            }
+        }
+    }
+
+private:
+    bool needs_x() const { return g_.has_weights() || (lanes_.source_width[0] > 0 && !g_.dropout); }
+
+    void pack_paths() {
+        for (size_t key = 0; key < g_.sources.size(); ++key) {
+            const int64_t width = round_up(lanes_.source_width[key], e_.lanes);
+            lora_A_.push_back(shared_.zeroed(width * e_.units(g_.sources[key].columns)));
+        }
+        for (size_t i = 0; i < g_.outputs.size(); ++i) {
+            const int64_t padded = round_up(g_.outputs[i].columns, e_.panel());
+            lora_B_.push_back(shared_.zeroed(padded * e_.units(lanes_.output_width[i])));
+        }
+        parallel_.run(g_.paths.size(), [&](int64_t p) {
+            const Path& path = g_.paths[p];
+            if (path.rows == 0) return;
+            const Source& source = g_.sources[path.source];
+            e_.pack_rows(path.lora_A, path.rows, source.columns, lora_A_[path.source] + lanes_.of_source[p],
+                         round_up(lanes_.source_width[path.source], e_.lanes));
+            pack_path(e_, path, path.lora_B, true, g_.outputs[path.output].columns, lanes_.of_output[p],
+                      lanes_.output_width[path.output], lora_B_[path.output]);
+        });
+    }
+
+    void draw_keep(const Source& source, size_t key, int64_t row, int64_t rows) const {
+        for (int64_t i = 0; i < rows; ++i) {
+            e_.keep_bits(g_.dropout_key, static_cast<uint32_t>(row + i), static_cast<uint32_t>(key), source.columns,
+                         g_.dropout_threshold, source.keep_out + (row + i) * source.keep.ld);
+        }
+    }
+
+    void store_hidden(const Path& path, size_t p, const float* h, int64_t width, int64_t row, int64_t rows,
+                      float* staged) const {
+        const int64_t lane = lanes_.of_source[p], staged_width = lanes_.output_width[path.output];
+        for (int64_t i = 0; i < rows; ++i) {
+            float* to = staged + i * staged_width + lanes_.of_output[p];
+            const float* from = h + i * width + lane;
+            for (int64_t j = 0; j < path.rows; ++j) {
+                const float gate = path.gate[j];
+                to[j] = gate == 0.0f ? 0.0f : from[j] * g_.dropout_scale * (gate * path.scaling);
+            }
+            if (g_.hidden == nullptr) continue;
+            float scaled[64];
+            for (int64_t j = 0; j < path.rows; j += 64) {
+                const int64_t count = std::min<int64_t>(64, path.rows - j);
+                for (int64_t c = 0; c < count; ++c) scaled[c] = from[j + c] * g_.dropout_scale;
+                copy_row(e_, {scaled, DType::f32, 64}, count,
+                         static_cast<char*>(g_.hidden) +
+                             ((row + i) * g_.hidden_ld + path.hidden_column + j) * size_of(g_.dtype), g_.dtype);
+            }
+        }
+    }
+
+    Group& g_;
+    const Engine& e_;
+    Parallel parallel_;
+    Lanes lanes_;
+    Blocks blocks_;
+    Slots shared_;
+    std::vector<const uint32_t*> weights_;
+    std::vector<uint32_t*> lora_A_;   // per source: [units(columns)][lanes], lanes a multiple of a vector
+    std::vector<uint32_t*> lora_B_;   // per output: panels of N columns over its lanes
+};
+
+}  // namespace
+
+void forward(Group& group, const Parallel& parallel) {
+    if (group.rows == 0) return;
+    Forward(group, parallel).run();
+}
+
+}  // namespace hlk

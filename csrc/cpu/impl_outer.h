@@ -1,0 +1,140 @@
+// Outer products over the rows of a block: the gradients of lora_A and lora_B. Part of kernels_impl.h.
+#pragma once
+
+#include "impl_vectors.h"
+
+namespace hlk {
+namespace {
+
+// Two vectors of columns of the rows of one unit.
+template <class I, class Unit, DType D, bool KEEP>
+inline void outer_units(const Outer& o, int64_t row, typename I::U (&right)[2]) {
+    using F = typename I::F;
+    constexpr int W = I::W;
+    using T = typename Storage<D>::type;
+    auto* even = static_cast<const T*>(o.u.data) + row * o.u.ld;
+    if constexpr (Unit::unit == 2) {
+        alignas(64) static const uint16_t zeros[2 * W] = {};
+        auto* odd = row + 1 < o.rows ? even + o.u.ld : zeros;
+        I::interleave(even, odd, right[0], right[1]);
+        if constexpr (KEEP) {
+            const uint64_t low = bits_at(o.keep.bits + row * o.keep.ld, 0, 2 * W);
+            const uint64_t high = row + 1 < o.rows ? bits_at(o.keep.bits + (row + 1) * o.keep.ld, 0, 2 * W) : 0;
+            for (int v = 0; v < 2; ++v) right[v] = I::keep_pair(right[v], low >> (v * W), high >> (v * W));
+        }
+    } else {
+        for (int v = 0; v < 2; ++v) {
+            F value = load_floats<I, D>(even, v * W);
+            if constexpr (KEEP) value = I::keep(value, bits_at(o.keep.bits + row * o.keep.ld, 0, 2 * W) >> (v * W));
+            right[v] = I::as_units(value);
+        }
+    }
+}
+
+template <class I, class Unit, DType D, bool KEEP, int COUNT>
+void outer_of(const Outer& o, float* out, int64_t out_ld) {
+    using F = typename I::F;
+    using U = typename I::U;
+    constexpr int W = I::W;
+    F acc[COUNT][2];
+    for (int j = 0; j < COUNT; ++j) acc[j][0] = acc[j][1] = I::zero();
+    const uint32_t* coef = o.coef;
+    for (int64_t row = 0; row < o.rows; row += Unit::unit) {
+        U right[2];
+        outer_units<I, Unit, D, KEEP>(o, row, right);
+#pragma GCC unroll 16
+        for (int j = 0; j < COUNT; ++j) {
+            const U left = I::broadcast(coef + j);
+            acc[j][0] = Unit::mac(acc[j][0], left, right[0]);
+            acc[j][1] = Unit::mac(acc[j][1], left, right[1]);
+        }
+        coef += o.lanes;
+    }
+    for (int j = 0; j < COUNT; ++j) {
+        I::store(out + j * out_ld, acc[j][0]);
+        I::store(out + j * out_ld + W, acc[j][1]);
+    }
+}
+
+template <class I, class Unit, DType D, bool KEEP, int COUNT>
+void outer_count(const Outer& o, float* out, int64_t out_ld) {
+    if constexpr (COUNT > 1) {
+        if (o.count < COUNT) return outer_count<I, Unit, D, KEEP, COUNT - 1>(o, out, out_ld);
+    }
+    outer_of<I, Unit, D, KEEP, COUNT>(o, out, out_ld);
+}
+
+template <class I, class Unit, DType D>
+void outer_tile(const Outer& o, float* out, int64_t out_ld) {
+    o.keep.bits == nullptr ? outer_count<I, Unit, D, false, I::MAX_ROWS>(o, out, out_ld)
+                           : outer_count<I, Unit, D, true, I::MAX_ROWS>(o, out, out_ld);
+}
+
+template <class I, class Unit>
+void outer_columns(const Outer& o, float* out, int64_t out_ld) {
+    if constexpr (Unit::unit == 2) {
+        outer_tile<I, Unit, DType::bf16>(o, out, out_ld);
+    } else {
+        switch (o.u.dtype) {
+            case DType::f32: return outer_tile<I, Unit, DType::f32>(o, out, out_ld);
+            case DType::bf16: return outer_tile<I, Unit, DType::bf16>(o, out, out_ld);
+            default: return outer_tile<I, Unit, DType::f16>(o, out, out_ld);
+        }
+    }
+}
+
+// `columns` and `count` are arbitrary: tiles of 2 W columns and MAX_ROWS coefficients, the last columns through a copy.
+template <class I, class Unit>
+void outer(const Outer& o) {
+    constexpr int W = I::W;
+    constexpr int CHUNK = 64;
+    for (int64_t column = 0; column < o.columns; column += 2 * W) {
+        const int64_t width = o.columns - column < 2 * W ? o.columns - column : 2 * W;
+        for (int first = 0; first < o.count; first += I::MAX_ROWS) {
+            Outer part = o;
+            part.count = o.count - first < I::MAX_ROWS ? o.count - first : I::MAX_ROWS;
+            part.coef = o.coef + first;
+            part.u = o.u.at(0, column);
+            part.keep = o.keep.at(0, column);
+            float* out = o.out + first * o.out_ld + column;
+            if (width == 2 * W) {
+                outer_columns<I, Unit>(part, out, o.out_ld);
+                continue;
+            }
+            // The rows' ends, copied chunk by chunk: nothing beyond a row is read.
+            alignas(64) char rows[CHUNK * 2 * W * 4];
+            alignas(64) uint8_t bits[CHUNK * 8];
+            float sum[I::MAX_ROWS][2 * W], some[I::MAX_ROWS][2 * W];
+            for (int j = 0; j < part.count; ++j) {
+                for (int c = 0; c < 2 * W; ++c) sum[j][c] = 0.0f;
+            }
+            const int64_t size = size_of(o.u.dtype);
+            for (int64_t row = 0; row < o.rows; row += CHUNK) {
+                Outer chunk = part;
+                chunk.rows = o.rows - row < CHUNK ? o.rows - row : CHUNK;
+                chunk.coef = part.coef + row / Unit::unit * o.lanes;
+                __builtin_memset(rows, 0, sizeof(rows));
+                __builtin_memset(bits, 0, sizeof(bits));
+                for (int64_t i = 0; i < chunk.rows; ++i) {
+                    __builtin_memcpy(rows + i * 2 * W * size,
+                                     static_cast<const char*>(part.u.data) + (row + i) * o.u.ld * size, width * size);
+                    if (part.keep.bits != nullptr) {
+                        __builtin_memcpy(bits + i * 8, part.keep.bits + (row + i) * o.keep.ld, (width + 7) / 8);
+                    }
+                }
+                chunk.u = {rows, o.u.dtype, 2 * W};
+                if (part.keep.bits != nullptr) chunk.keep = {bits, 8};
+                outer_columns<I, Unit>(chunk, &some[0][0], 2 * W);
+                for (int j = 0; j < part.count; ++j) {
+                    for (int c = 0; c < 2 * W; ++c) sum[j][c] += some[j][c];
+                }
+            }
+            for (int j = 0; j < part.count; ++j) {
+                for (int64_t c = 0; c < width; ++c) out[j * o.out_ld + c] = sum[j][c];
+            }
+        }
+    }
+}
+
+}  // namespace
+}  // namespace hlk

@@ -1,0 +1,95 @@
+// Strips and panels from matrices of any dtype. Part of kernels_impl.h.
+#pragma once
+
+#include "impl_vectors.h"
+
+namespace hlk {
+namespace {
+
+template <class I, class Unit>
+void pack_rows(Matrix source, Keep keep, int64_t rows, int64_t depth, uint32_t* out, int64_t stride) {
+    using U = typename I::U;
+    constexpr int W = I::W;
+    const int64_t units = (depth + Unit::unit - 1) / Unit::unit;
+    for (int64_t row = 0; row < rows; row += W) {
+        const int64_t here = rows - row < W ? rows - row : W;
+        for (int64_t u = 0; u < units; u += W) {
+            U block[W];
+            for (int64_t i = 0; i < here; ++i) {
+                block[i] = Unit::along(source, row + i, u * Unit::unit, depth - u * Unit::unit, keep);
+            }
+            for (int64_t i = here; i < W; ++i) block[i] = I::zero_units();
+            I::transpose(block);
+            const int64_t count = units - u < W ? units - u : W;
+            uint32_t* to = out + u * stride + row;
+            if (here == W) {
+                for (int64_t i = 0; i < count; ++i) I::store_units(to + i * stride, block[i]);
+            } else {
+                for (int64_t i = 0; i < count; ++i) I::store_units(to + i * stride, block[i], here);
+            }
+        }
+    }
+}
+
+template <class I, class Unit>
+void pack_columns(Matrix source, int64_t depth, int64_t columns, uint32_t* out, int64_t stride) {
+    using F = typename I::F;
+    using U = typename I::U;
+    constexpr int W = I::W;
+    auto load = [&](int64_t row, int64_t column, int64_t count) -> F {
+        if (row >= depth) return I::zero();
+        const int64_t first = row * source.ld + column;
+        return count >= W ? load_floats<I>(source.data, source.dtype, first)
+                          : load_some<I>(source.data, source.dtype, first, count);
+    };
+    const int64_t units = (depth + Unit::unit - 1) / Unit::unit;
+    for (int64_t u = 0; u < units; ++u) {
+        uint32_t* to = out + u * stride;
+        int64_t column = 0;
+        if constexpr (Unit::unit == 2) {
+            if (source.dtype == DType::bf16 && 2 * u + 1 < depth) {
+                auto* even = static_cast<const uint16_t*>(source.data) + 2 * u * source.ld;
+                for (; column + 2 * W <= columns; column += 2 * W) {
+                    U low, high;
+                    I::interleave(even + column, even + source.ld + column, low, high);
+                    I::store_units(to + column, low);
+                    I::store_units(to + column + W, high);
+                }
+            }
+        }
+        for (; column < columns; column += W) {
+            const int64_t count = columns - column < W ? columns - column : W;
+            U value;
+            if constexpr (Unit::unit == 2) {
+                value = I::pairs(load(2 * u, column, count), load(2 * u + 1, column, count));
+            } else {
+                value = I::as_units(load(u, column, count));
+            }
+            if (count == W) {
+                I::store_units(to + column, value);
+            } else {
+                I::store_units(to + column, value, count);
+            }
+        }
+    }
+}
+
+// Strips are [units][rows].
+template <class I, class Unit>
+void pack_strip(Matrix source, Keep keep, int64_t rows, int64_t depth, uint32_t* out) {
+    pack_rows<I, Unit>(source, keep, rows, depth, out, rows);
+}
+
+template <class I, class Unit>
+void pack_panel_rows(Matrix source, int64_t rows, int64_t depth, uint32_t* out, int64_t stride) {
+    pack_rows<I, Unit>(source, Keep{}, rows, depth, out, stride);
+}
+
+// Coefficients are [units of rows][lanes]: a strip is also the coefficients of its rows.
+template <class I, class Unit>
+void pack_coefficients(Matrix source, int64_t rows, int64_t first, int64_t count, uint32_t* out, int64_t lanes) {
+    pack_columns<I, Unit>(source, rows, count, out + first, lanes);
+}
+
+}  // namespace
+}  // namespace hlk

@@ -1,0 +1,117 @@
+// Vectors of an instruction set `I` from and to memory of any dtype, and the two kinds of unit. Part of kernels_impl.h.
+#pragma once
+
+#include "kernels.h"
+
+namespace hlk {
+namespace {
+
+template <DType D> struct Storage { using type = uint16_t; };
+template <> struct Storage<DType::f32> { using type = float; };
+
+// W values of a row as floats.
+template <class I, DType D>
+inline typename I::F load_floats(const void* data, int64_t index) {
+    auto* p = static_cast<const typename Storage<D>::type*>(data) + index;
+    if constexpr (D == DType::f32) return I::load(p);
+    if constexpr (D == DType::bf16) return I::load_bf16(p);
+    if constexpr (D == DType::f16) return I::load_f16(p);
+}
+
+template <class I>
+inline typename I::F load_floats(const void* data, DType dtype, int64_t index) {
+    switch (dtype) {
+        case DType::f32: return load_floats<I, DType::f32>(data, index);
+        case DType::bf16: return load_floats<I, DType::bf16>(data, index);
+        default: return load_floats<I, DType::f16>(data, index);
+    }
+}
+
+template <class I>
+inline void store_floats(void* data, DType dtype, int64_t index, typename I::F value) {
+    switch (dtype) {
+        case DType::f32: I::store(static_cast<float*>(data) + index, value); break;
+        case DType::bf16: I::store_bf16(static_cast<uint16_t*>(data) + index, value); break;
+        default: I::store_f16(static_cast<uint16_t*>(data) + index, value); break;
+    }
+}
+
+// The first `count` < W values, zeros behind them; reads nothing beyond.
+template <class I>
+inline typename I::F load_some(const void* data, DType dtype, int64_t index, int64_t count) {
+    alignas(64) char buffer[4 * I::W] = {};
+    const int64_t size = size_of(dtype);
+    __builtin_memcpy(buffer, static_cast<const char*>(data) + index * size, count * size);
+    return load_floats<I>(buffer, dtype, 0);
+}
+
+template <class I>
+inline void store_some(void* data, DType dtype, int64_t index, int64_t count, typename I::F value) {
+    alignas(64) char buffer[4 * I::W];
+    const int64_t size = size_of(dtype);
+    store_floats<I>(buffer, dtype, 0, value);
+    __builtin_memcpy(static_cast<char*>(data) + index * size, buffer, count * size);
+}
+
+inline uint64_t bits_at(const uint8_t* bits, int64_t column, int64_t count) {
+    uint64_t value = 0;
+    __builtin_memcpy(&value, bits + column / 8, (count + 7) / 8);
+    return value;
+}
+
+// Units that hold one float.
+template <class I>
+struct FloatUnit {
+    static constexpr int unit = 1;
+    using F = typename I::F;
+    using U = typename I::U;
+    static F mac(F acc, U a, U b) { return I::fma(I::as_floats(a), I::as_floats(b), acc); }
+
+    // W units along a row, from element `index` on; `count` elements are there.
+    static U along(Matrix source, int64_t row, int64_t index, int64_t count, Keep keep) {
+        const int64_t first = row * source.ld + index;
+        F value = count >= I::W ? load_floats<I>(source.data, source.dtype, first)
+                                : load_some<I>(source.data, source.dtype, first, count);
+        if (keep.bits != nullptr) {
+            value = I::keep(value, bits_at(keep.bits + row * keep.ld, index, count < I::W ? count : I::W));
+        }
+        return I::as_units(value);
+    }
+};
+
+// Units that hold a pair of bf16.
+template <class I>
+struct PairUnit {
+    static constexpr int unit = 2;
+    using F = typename I::F;
+    using U = typename I::U;
+    static F mac(F acc, U a, U b) { return I::dot(acc, a, b); }
+
+    static U along(Matrix source, int64_t row, int64_t index, int64_t count, Keep keep) {
+        const int64_t first = row * source.ld + index;
+        U value;
+        if (source.dtype == DType::bf16) {
+            if (count >= 2 * I::W) {
+                value = I::load_units(static_cast<const uint16_t*>(source.data) + first);
+            } else {
+                alignas(64) uint16_t buffer[2 * I::W] = {};
+                __builtin_memcpy(buffer, static_cast<const uint16_t*>(source.data) + first, 2 * count);
+                value = I::load_units(buffer);
+            }
+        } else {
+            F low = count >= I::W ? load_floats<I>(source.data, source.dtype, first)
+                                  : load_some<I>(source.data, source.dtype, first, count);
+            const int64_t rest = count - I::W;
+            F high = rest <= 0 ? I::zero() : rest >= I::W ? load_floats<I>(source.data, source.dtype, first + I::W)
+                                                         : load_some<I>(source.data, source.dtype, first + I::W, rest);
+            value = I::pairs_along(low, high);
+        }
+        if (keep.bits != nullptr) {
+            value = I::keep_halves(value, bits_at(keep.bits + row * keep.ld, index, count < 2 * I::W ? count : 2 * I::W));
+        }
+        return value;
+    }
+};
+
+}  // namespace
+}  // namespace hlk
