@@ -212,8 +212,9 @@ private:
         const int width = e_.panel();
         const int64_t lane_units = e_.units(lanes_.source_width[key]);
         const bool few = g_.rows <= few_rows && key == 0 && g_.has_weights();
-        float* base = slots.take<float>(few ? few_rows * width : 0);
-        float* more = slots.take<float>(few ? few_rows * width : 0);
+        const int64_t base_ld = (range.end - range.begin) * width;
+        float* base = slots.take<float>(few ? few_rows * base_ld : 0);
+        if (few && base_ld > 0) few_base(scratch, range.begin * width, std::min(range.end * width, source.columns), base, base_ld, slots);
         std::vector<Segment> segments(1 + (key == 0 ? g_.outputs.size() : 0));
         for (int64_t panel = range.begin; panel < range.end; ++panel) {
             const int64_t column = panel * width, here = std::min<int64_t>(width, source.columns - column);
@@ -233,10 +234,7 @@ private:
                     segments[tile.num_segments++] = {scratch.grad_out[i] + from * units, weights_[i] + column * units, width,
                                                      units};
                 }
-                if (few) {
-                    few_base(scratch, from, rows, row, column, here, base, more);
-                    tile.base = {base, DType::f32, width};
-                }
+                if (few) tile.base = {base + from * base_ld + column - range.begin * width, DType::f32, base_ld};
                 tile.rows = static_cast<int>(rows);
                 tile.columns = static_cast<int>(here);
                 tile.vectors = here > e_.lanes ? 2 : 1;
@@ -248,23 +246,33 @@ private:
         }
     }
 
-    void few_base(const Scratch& scratch, int64_t from, int64_t rows, int64_t row, int64_t column, int64_t here, float* base,
-                  float* more) const {
-        const int width = e_.panel();
-        std::memset(base, 0, 4 * rows * width);
+    // The base's gradient of few rows, a block of its own, for columns begin ... end - 1.
+    void few_base(const Scratch& scratch, int64_t begin, int64_t end, float* base, int64_t ld, Slots& slots) const {
+        // So many rows of a weight stay in the cache while one strip after the other reads them.
+        constexpr int64_t piece = 128;
+        const int64_t columns = end - begin;
+        float* more = nullptr;
+        std::memset(base, 0, 4 * g_.rows * ld);
         for (size_t i = 0; i < g_.outputs.size(); ++i) {
             const Output& output = g_.outputs[i];
             if (!output.has_weight || output.grad_out.data == nullptr) continue;
             const int64_t units = e_.units(output.columns);
             if (output.weight.transposed) {
-                few_along_rows(e_, output.grad_out.at(row, 0), rows, output.weight.values.at(column, 0), here, output.columns,
-                               more, width);
-            } else {
-                few_along_columns(e_, scratch.grad_out[i] + from * units, rows, output.weight.values.at(0, column), here,
-                                  output.columns, more, width);
+                if (more == nullptr) more = slots.take<float>(g_.rows * columns);
+                few_along_rows(e_, output.grad_out.at(scratch.first, 0), nullptr, g_.rows, output.weight.values.at(begin, 0), columns,
+                               output.columns, more, columns);
+                for (int64_t r = 0; r < g_.rows; ++r) {
+                    for (int64_t c = 0; c < columns; ++c) base[r * ld + c] += more[r * columns + c];
+                }
+                continue;
             }
-            for (int64_t r = 0; r < rows; ++r) {
-                for (int64_t c = 0; c < here; ++c) base[r * width + c] += more[r * width + c];
+            for (int64_t row = 0; row < output.columns; row += piece) {
+                for (int64_t s = 0; s < scratch.strips.count; ++s) {
+                    const int64_t from = scratch.strips.first(s), rows = scratch.strips.size(s);
+                    few_along_columns(e_, scratch.grad_out[i] + from * units + row / e_.unit * rows, rows,
+                                      output.weight.values.at(row, begin), columns, std::min(piece, output.columns - row),
+                                      base + from * ld, ld, true);
+                }
             }
         }
     }

@@ -15,6 +15,7 @@ public:
     void run() {
         weights_ = weight_panels(g_, true, shared_, parallel_);
         pack_paths();
+        if (few() && g_.has_weights() && g_.rows > rows_worth_lanes) pack_few();
         run_blocks(*this, e_, blocks_, shared_, parallel_);
         call_arena().trim();
     }
@@ -81,8 +82,7 @@ public:
 
     void columns(Scratch& scratch, int64_t part, int64_t parts, Slots slots) {
         const int width = e_.panel();
-        const bool few = g_.rows <= few_rows;
-        float* base = few && g_.has_weights() ? slots.take<float>(few_rows * width) : nullptr;
+        float* base = few() && g_.has_weights() ? slots.take<float>(few_rows * width) : nullptr;
         for (size_t i = 0; i < g_.outputs.size(); ++i) {
             const Output& output = g_.outputs[i];
             const int64_t depth = g_.sources[0].columns, lane_units = e_.units(lanes_.output_width[i]);
@@ -90,6 +90,7 @@ public:
             for (int64_t panel = range.begin; panel < range.end; ++panel) {
                 const int64_t column = panel * width;
                 const int64_t here = std::min<int64_t>(width, output.columns - column);
+                if (base != nullptr) few_base(scratch, output, column, here, base);
                 for (int64_t s = 0; s < scratch.tiles.count; ++s) {
                     const int64_t from = scratch.tiles.first(s), rows = scratch.tiles.size(s), row = scratch.first + from;
                     Segment segments[2];
@@ -99,19 +100,11 @@ public:
                         segments[tile.num_segments++] = {scratch.low_rank[i] + from * lane_units,
                                                          lora_B_[i] + column * lane_units, width, lane_units};
                     }
-                    if (output.has_weight && !few) {
+                    if (output.has_weight && !few()) {
                         segments[tile.num_segments++] = {scratch.x + from * e_.units(depth),
                                                          weights_[i] + column * e_.units(depth), width, e_.units(depth)};
                     } else if (output.has_weight) {
-                        const Weight& weight = output.weight;
-                        if (weight.transposed) {
-                            few_along_columns(e_, scratch.x + from * e_.units(depth), rows, weight.values.at(0, column),
-                                                   here, depth, base, width);
-                        } else {
-                            few_along_rows(e_, g_.sources[0].values.at(row, 0), rows, weight.values.at(column, 0), here,
-                                                depth, base, width);
-                        }
-                        tile.base = {base, DType::f32, width};
+                        tile.base = {base + from * width, DType::f32, width};
                     } else {
                         tile.base = output.base.at(row, column);
                     }
@@ -129,6 +122,32 @@ public:
     }
 
 private:
+    bool few() const { return g_.rows <= few_rows; }
+
+    // The rows of x as lanes of vectors: one read of a unit of the weight then serves all of them.
+    void pack_few() {
+        const int64_t depth = g_.sources[0].columns, lanes = round_up(g_.rows, e_.lanes);
+        uint32_t* panel = shared_.zeroed(lanes * e_.units(depth));
+        e_.pack_rows(g_.sources[0].values, g_.rows, depth, panel, lanes);
+        few_x_ = panel;
+    }
+
+    // The base product of few rows, a block of its own, for some columns.
+    void few_base(const Scratch& scratch, const Output& output, int64_t column, int64_t here, float* base) const {
+        const int64_t depth = g_.sources[0].columns, units = e_.units(depth);
+        const int width = e_.panel();
+        const Weight& weight = output.weight;
+        if (!weight.transposed) {
+            few_along_rows(e_, g_.sources[0].values, few_x_, g_.rows, weight.values.at(column, 0), here, depth, base, width);
+            return;
+        }
+        for (int64_t s = 0; s < scratch.strips.count; ++s) {
+            const int64_t from = scratch.strips.first(s);
+            few_along_columns(e_, scratch.x + from * units, scratch.strips.size(s), weight.values.at(0, column), here, depth,
+                              base + from * width, width);
+        }
+    }
+
     bool needs_x() const { return g_.has_weights() || (lanes_.source_width[0] > 0 && !g_.dropout); }
 
     void pack_paths() {
@@ -186,6 +205,7 @@ private:
     Lanes lanes_;
     Blocks blocks_;
     Slots shared_;
+    const uint32_t* few_x_ = nullptr; // [units(K)][rows in whole vectors]
     std::vector<const uint32_t*> weights_;
     std::vector<uint32_t*> lora_A_;   // per source: [units(columns)][lanes], lanes a multiple of a vector
     std::vector<uint32_t*> lora_B_;   // per output: panels of N columns over its lanes

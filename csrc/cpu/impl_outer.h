@@ -37,7 +37,9 @@ void outer_of(const Outer& o, float* out, int64_t out_ld) {
     using U = typename I::U;
     constexpr int W = I::W;
     F acc[COUNT][2];
-    for (int j = 0; j < COUNT; ++j) acc[j][0] = acc[j][1] = I::zero();
+    for (int j = 0; j < COUNT; ++j) {
+        for (int v = 0; v < 2; ++v) acc[j][v] = o.accumulate ? I::load(out + j * out_ld + v * W) : I::zero();
+    }
     const uint32_t* coef = o.coef;
     for (int64_t row = 0; row < o.rows; row += Unit::unit) {
         U right[2];
@@ -83,12 +85,61 @@ void outer_columns(const Outer& o, float* out, int64_t out_ld) {
     }
 }
 
+// Few coefficients leave registers for more columns, so that a row is read in longer pieces.
+template <class I, class Unit, DType D, int COUNT>
+int64_t outer_wide(const Outer& o) {
+    using F = typename I::F;
+    using U = typename I::U;
+    constexpr int W = I::W, PAIRS = I::MAX_ROWS / COUNT;
+    int64_t column = 0;
+    for (; column + PAIRS * 2 * W <= o.columns; column += PAIRS * 2 * W) {
+        F acc[COUNT][2 * PAIRS];
+        for (int j = 0; j < COUNT; ++j) {
+            for (int v = 0; v < 2 * PAIRS; ++v) {
+                acc[j][v] = o.accumulate ? I::load(o.out + j * o.out_ld + column + v * W) : I::zero();
+            }
+        }
+        Outer part = o;
+        const uint32_t* coef = o.coef;
+        for (int64_t row = 0; row < o.rows; row += Unit::unit, coef += o.lanes) {
+            U left[COUNT];
+#pragma GCC unroll 16
+            for (int j = 0; j < COUNT; ++j) left[j] = I::broadcast(coef + j);
+#pragma GCC unroll 16
+            for (int pair = 0; pair < PAIRS; ++pair) {
+                U right[2];
+                part.u = o.u.at(0, column + pair * 2 * W);
+                outer_units<I, Unit, D, false>(part, row, right);
+#pragma GCC unroll 16
+                for (int j = 0; j < COUNT; ++j) {
+                    acc[j][2 * pair] = Unit::mac(acc[j][2 * pair], left[j], right[0]);
+                    acc[j][2 * pair + 1] = Unit::mac(acc[j][2 * pair + 1], left[j], right[1]);
+                }
+            }
+        }
+        for (int j = 0; j < COUNT; ++j) {
+            for (int v = 0; v < 2 * PAIRS; ++v) I::store(o.out + j * o.out_ld + column + v * W, acc[j][v]);
+        }
+    }
+    return column;
+}
+
+template <class I, class Unit, int COUNT>
+int64_t outer_wide_columns(const Outer& o) {
+    if constexpr (COUNT > 1) {
+        if (o.count < COUNT) return outer_wide_columns<I, Unit, COUNT - 1>(o);
+    }
+    // Units of the engine's own type alone: few rows of another type are rare.
+    return outer_wide<I, Unit, Unit::unit == 2 ? DType::bf16 : DType::f32, COUNT>(o);
+}
+
 // `columns` and `count` are arbitrary: tiles of 2 W columns and MAX_ROWS coefficients, the last columns through a copy.
 template <class I, class Unit>
 void outer(const Outer& o) {
     constexpr int W = I::W;
-    constexpr int CHUNK = 64;
-    for (int64_t column = 0; column < o.columns; column += 2 * W) {
+    constexpr int CHUNK = 64, FEW = 4;
+    const bool wide = o.count <= FEW && o.count > 0 && o.keep.bits == nullptr && has_units<Unit>(o.u.dtype);
+    for (int64_t column = wide ? outer_wide_columns<I, Unit, FEW>(o) : 0; column < o.columns; column += 2 * W) {
         const int64_t width = o.columns - column < 2 * W ? o.columns - column : 2 * W;
         for (int first = 0; first < o.count; first += I::MAX_ROWS) {
             Outer part = o;
@@ -106,8 +157,9 @@ void outer(const Outer& o) {
             alignas(64) uint8_t bits[CHUNK * 8];
             float sum[I::MAX_ROWS][2 * W], some[I::MAX_ROWS][2 * W];
             for (int j = 0; j < part.count; ++j) {
-                for (int c = 0; c < 2 * W; ++c) sum[j][c] = 0.0f;
+                for (int c = 0; c < 2 * W; ++c) sum[j][c] = o.accumulate && c < width ? out[j * o.out_ld + c] : 0.0f;
             }
+            part.accumulate = false;
             const int64_t size = size_of(o.u.dtype);
             for (int64_t row = 0; row < o.rows; row += CHUNK) {
                 Outer chunk = part;

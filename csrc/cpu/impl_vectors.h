@@ -113,5 +113,11 @@ struct PairUnit {
     }
 };
 
+// Whether a kernel can read units where they lie: floats for FloatUnit, bf16 for PairUnit.
+template <class Unit>
+inline bool has_units(DType dtype) {
+    return dtype == (Unit::unit == 2 ? DType::bf16 : DType::f32);
+}
+
 }  // namespace
 }  // namespace hlk

@@ -75,12 +75,14 @@ struct Outer {
     Keep keep;
     float* out = nullptr;
     int64_t out_ld = 0;
+    bool accumulate = false;   // add to what stands in out
 };
 
-// out[rows, columns] = init + sum_k x[row][k] w[column][k], both row-major and not packed: for few rows.
+// out[rows, columns] = sum_k x[row][k] w[column][k], both row-major and not packed: for few rows.
 struct Dot {
     int64_t rows = 0, columns = 0, depth = 0;
     Matrix x, w;
+    const uint32_t* x_panel = nullptr;   // x as a panel of whole vectors of rows, at most 16; nullptr: there is none
     float* out = nullptr;
     int64_t out_ld = 0;
 };
@@ -99,6 +101,8 @@ struct Merge {
 
 // Up to this many rows a weight is read where it lies: packing it would cost more than the product.
 constexpr int64_t few_rows = 16;
+// With more rows than this they are worth being the lanes of a vector.
+constexpr int64_t rows_worth_lanes = 4;
 
 // The kernels of one instruction set for one kind of unit.
 struct Engine {

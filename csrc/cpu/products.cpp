@@ -84,13 +84,13 @@ void pack_path(const Engine& engine, const Path& path, Matrix parameter, bool al
     }
 }
 
-void few_along_rows(const Engine& engine, Matrix x, int64_t rows, Matrix w, int64_t columns, int64_t depth, float* out,
-                    int64_t out_ld) {
-    engine.dot(Dot{rows, columns, depth, x, w, out, out_ld});
+void few_along_rows(const Engine& engine, Matrix x, const uint32_t* x_panel, int64_t rows, Matrix w, int64_t columns, int64_t depth,
+                    float* out, int64_t out_ld) {
+    engine.dot(Dot{rows, columns, depth, x, w, x_panel, out, out_ld});
 }
 
 void few_along_columns(const Engine& engine, const uint32_t* strip, int64_t rows, Matrix w, int64_t columns, int64_t depth,
-                       float* out, int64_t out_ld) {
+                       float* out, int64_t out_ld, bool accumulate) {
     Outer outer;
     outer.count = static_cast<int>(rows);
     outer.columns = static_cast<int>(columns);
@@ -100,6 +100,7 @@ void few_along_columns(const Engine& engine, const uint32_t* strip, int64_t rows
     outer.u = w;
     outer.out = out;
     outer.out_ld = out_ld;
+    outer.accumulate = accumulate;
     engine.outer(outer);
 }
 
