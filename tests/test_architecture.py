@@ -19,7 +19,7 @@ ROWS = [
     ["history", "plotting", "scoring", "synflow", "alpha_test", "search", "save_and_load"],
     ["callback"],
     ["cli.options", "cli.data", "cli.plot", "cli.run_folder", "cli.demo", "cli.train", "cli.search", "cli.info", "cli.export",
-     "cli", "", "__main__"],
+     "cli.bench", "cli", "", "__main__"],
 ]
 PLACE = {name: (level, column) for level, row in enumerate(ROWS) for column, name in enumerate(row)}
 

@@ -17,6 +17,7 @@ COMMANDS = {
     "search": "choose ranks once, as a rank pattern that PEFT reads",
     "plot": "draw what a run did",
     "info": "what runs here, and what a model would get",
+    "bench": "measure the kernels against the frozen linear and PEFT",
     "export": "write an adapter for PEFT, vLLM, or merged into the model",
 }
 
