@@ -17,15 +17,13 @@ from bench.problem import SCALING, Problem, Results, named_gradients, path_vecto
 from heterolora_kernels.backends import resolve, use_backend
 from heterolora_kernels.ops.autograd import call_lora_linear
 from heterolora_kernels.ops.ledger import COLUMNS, NUM_COLUMNS
+from heterolora_kernels.packing import PackBudget, Packs
 
 
-def packs_of(backend: str, weights: list[Tensor]) -> list[Tensor]:
-    """Packed weights as a patched layer keeps them, or nothing where the backend does not pack."""
-    resolve(weights[0].device, backend, weights[0].dtype)
-    ops = torch.ops.heterolora_kernels
-    if backend != "cpu" or not ops.cpu_packs(weights[0].dtype):
-        return []
-    return [pack for weight in weights for pack in ops.cpu_pack_weight(weight)]
+def packs_of(backend: str, weights: list[Tensor], x: Tensor) -> list[Tensor]:
+    """Packed weights as patched layers keep them; nothing where the backend does not pack, or not for so few rows."""
+    resolve(x.device, backend, x.dtype)
+    return [pack for weight in weights for pack in Packs(PackBudget("copy")).of(backend, weight, x)]
 
 
 class Contender:
@@ -72,7 +70,7 @@ class Op(Contender):
     def __init__(self, problem: Problem, name: str, backend: str, statistics: bool = True):
         super().__init__(problem, name)
         self.backend = backend
-        self.packs = packs_of(backend, problem.weights)
+        self.packs = packs_of(backend, problem.weights, self.x)
         self.biases = [weight.new_empty(0) for weight in problem.weights]
         self.vectors = path_vectors(problem.case)
         self.probe = torch.zeros(self.vectors[1].shape[0], NUM_COLUMNS, requires_grad=True) if statistics else None
