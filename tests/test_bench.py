@@ -350,7 +350,9 @@ def test_table_warns_where_the_machine_was_shared():
     found = _found(_result(both={"op": 3.0, "frozen": 2.0}), _result(dtype="float32", both={"op": 3.0, "frozen": 2.0}))
     assert "NOT ALONE" not in bench.text(found)[0]
     found["results"][1]["others"] = 0.8
-    assert "NOT ALONE: beside 1 of 2 cases other processes kept up to 0.8 cores busy" in bench.text(found)[0]
+    assert "NOT ALONE: beside 1 of 2 cases (*) other processes kept up to 0.8 cores busy" in bench.text(found)[0]
+    marked = {row[2]: row[0] for row in _cells(bench.markdown(found), "BERT")}
+    assert marked == {"bfloat16": "BERT-base attention", "float32": "BERT-base attention *"}
 
 
 def test_file_has_a_line_for_each_result_and_comes_back(tmp_path):

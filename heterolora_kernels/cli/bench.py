@@ -331,6 +331,7 @@ def rows_of(found: Mapping) -> list[dict]:
     for result in found["results"]:
         row = rows.setdefault(_key({**result, "mode": ""}), {**result, "ms": {}})
         row["ms"].update(result["ms"])
+        row["others"] = max(row.get("others") or 0.0, result.get("others") or 0.0)
     return list(rows.values())
 
 
@@ -348,7 +349,7 @@ def _labels(row: Mapping) -> list[str]:
         varied = f"adapters {row['adapters']}"
     if row.get("dropout_p"):
         varied = ", ".join(filter(None, [varied, f"dropout {row['dropout_p']}"]))
-    return [row["name"].replace("_", " "), sizes, row["dtype"], varied]
+    return [row["name"].replace("_", " ") + " *" * (row["others"] >= _ALONE), sizes, row["dtype"], varied]
 
 
 def _table(rows: Sequence[Mapping], block: str) -> list[list[str]]:
@@ -361,7 +362,7 @@ def _table(rows: Sequence[Mapping], block: str) -> list[list[str]]:
 
     for row in rows:
         time = row["ms"].get(phase, row["ms"].get("infer", {})).get(name)
-        table.append([*_labels(row), "" if time is None else f"{time[1]:.3g}",
+        table.append([*_labels(row), "" if time is None else f"{time[1]:.0f}" if time[1] >= 100 else f"{time[1]:.3g}",
                       *cells(ratio_of(row, *ratio) for _, *ratio in columns)])
     if block in ("shapes", "isas", "groups", "backends"):
         for dtype, *key in dict.fromkeys((row["dtype"], row["isa"], row["backend"]) for row in rows):
@@ -388,8 +389,8 @@ def _disturbed(found: Mapping) -> str:
     shares = [result["others"] for result in found["results"] if result.get("others") is not None]
     if not shares or max(shares) < _ALONE:
         return ""
-    return (f"; NOT ALONE: beside {sum(share >= _ALONE for share in shares)} of {len(shares)} cases other processes kept up to "
-            f"{max(shares):.1f} cores busy")
+    count = sum(share >= _ALONE for share in shares)
+    return f"; NOT ALONE: beside {count} of {len(shares)} cases (*) other processes kept up to {max(shares):.1f} cores busy"
 
 
 def _promises(found: Mapping) -> list[list[str]]:
