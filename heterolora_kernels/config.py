@@ -124,6 +124,9 @@ class HeteroLoraConfig:
         pack: copies of frozen weights in the order in which a backend's kernels read them: ``"auto"`` (up to a quarter of the
             memory that is free at the first forward), ``"copy"`` (all of them) or ``"off"`` (packed anew in each call).
         sites: ``{class name: Site}`` for layers that are not in the table of :mod:`heterolora_kernels.sites`.
+        group: ``"auto"``: linears that read the same x (q, k and v; gate and up) run as one op where that can be done;
+            ``"off"``: each by itself. Outputs and the gradients of a linear's own parameters are the same bits; the gradient of
+            x is rounded once instead of once for each linear.
         init_from: folder of a PEFT LoRA adapter to start from; targets, ranks and scalings of the LoRA paths are then its own.
         seed: of the initial adapters and of the allocator.
 
@@ -166,6 +169,7 @@ class HeteroLoraConfig:
     synflow_target: str = "outputs"
     pack: str = "auto"
     sites: Mapping[str, Site] | None = None
+    group: str = "auto"
     init_from: str | None = None
     seed: int = 0
 
@@ -199,7 +203,8 @@ class HeteroLoraConfig:
             raise ValueError(f"seed must be an int in [0, 2^63), got {self.seed!r}")
         for name, choices in (("budget_unit", _UNITS), ("mode", _MODES), ("search", _SEARCHES), ("score", _SCORES),
                               ("init_B", _INITS), ("normalize", _NORMALIZATIONS), ("on_reactivate", ("keep", "reset")),
-                              ("synflow_target", ("outputs", "loss")), ("pack", ("auto", "copy", "off"))):
+                              ("synflow_target", ("outputs", "loss")), ("pack", ("auto", "copy", "off")),
+                              ("group", ("auto", "off"))):
             _choice(name, getattr(self, name), choices)
         self._check_patterns()
         self._check_shortcuts()

@@ -1,13 +1,17 @@
-"""Which linears read the same x, and the dropout mask they share.
+"""Which linears read the same x: they share a dropout mask, and run as one op where that can be done.
 
-A mask belongs to a group call, whether or not the members run as one fused op; so grouping never changes a result.
+A mask belongs to a group call, whether or not the members run as one op; so grouping never changes a result. The first member
+that is called with x computes the outputs of all; each of the others takes its own if everything is then as it was. A member for
+which it is not runs alone, and so does one that is called outside the layer's forward, or in a checkpoint of its own inside it:
+a recompute knows neither the key nor the outputs that another call left.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from heterolora_kernels.ops.rng import draw_rng
 
@@ -26,31 +30,172 @@ GROUPS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 
 
-class MaskGroup:
-    """The linears of one group: the first called draws the mask's key, the others reuse it for the same x.
+class Turn:
+    """One tensor's way through the members of a group.
 
-    Holds x, to compare objects, until the last member has taken the key or :meth:`clear` is called.
+    Attributes:
+        called: the members that had their turn.
+        rng: int64 [1], the key of the mask; None before somebody asked.
+    """
+
+    def __init__(self, x: Tensor):
+        self._x = x
+        self.called: set[str] = set()
+        self.rng: Tensor | None = None
+        self._outs: list[Tensor | None] | None = None
+        self._circumstances: tuple = ()
+        self._tensors: list[list] = []
+
+    @property
+    def holds_outputs(self) -> bool:
+        """Whether the first member computed those of the others."""
+        return self._outs is not None
+
+    def reads(self, x: Tensor) -> bool:
+        """Whether x is the tensor of this turn."""
+        return self._x is x
+
+    def key(self, x: Tensor) -> Tensor:
+        """The key of the mask of x: that of the turn, or one of its own for another tensor."""
+        if not self.reads(x):
+            return draw_rng(x.device)
+        if self.rng is None:
+            self.rng = draw_rng(x.device)
+        return self.rng
+
+    def hold(self, outs: list[Tensor], index: int, circumstances: tuple, linears: list[nn.Module]) -> Tensor:
+        """Keep every member's output but one, which is returned, and what they were computed from."""
+        self._outs, self._circumstances = list(outs), circumstances
+        if not torch.compiler.is_compiling():
+            self._tensors = [[(t, _version(t)) for t in _tensors_of(linear)] for linear in linears]
+        self._outs[index] = None
+        return outs[index]
+
+    def take(self, index: int, x: Tensor, circumstances: tuple, linear: nn.Module) -> Tensor | None:
+        """The output of one member, if x, the circumstances and the member's tensors are those it was computed from."""
+        out, self._outs[index] = self._outs[index], None
+        if out is None or not self.reads(x) or circumstances != self._circumstances:
+            return None
+        if not torch.compiler.is_compiling() and any(
+                t is not seen or _version(t) != version for t, (seen, version) in zip(_tensors_of(linear), self._tensors[index])):
+            return None
+        return out
+
+
+class LinearGroup:
+    """The linears of one layer that read one x, and what is between the calls of the first and of the last.
+
+    Holds x, the key and outputs within the layer's forward alone: until the last member was called or :meth:`clear`.
+
+    Args:
+        members: names of the linears, in the order of their rows in the ledger.
+
+    Attributes:
+        linears: their modules, where they may run as one op; empty: they share masks alone.
+        derived: scaling, gate, active and probe over the paths of all members; theirs are views of it.
     """
 
     def __init__(self, members: Iterable[str]):
         self.members = tuple(members)
-        self._called: set[str] = set()
-        self._x: Tensor | None = None
-        self._rng: Tensor | None = None
+        self.linears: list[nn.Module] = []
+        self._own_hooks: list[int] = []
+        self.derived = None
+        self._turn: Turn | None = None
+        self._surroundings: tuple | None = None
 
     def __getstate__(self) -> dict:
-        return {"members": self.members, "_called": set(), "_x": None, "_rng": None}
+        return {**self.__dict__, "derived": None, "_turn": None, "_surroundings": None}
 
-    def take(self, member: str, x: Tensor) -> Tensor:
-        """The key for ``member``'s mask of ``x``: int64 [1]."""
-        if self._rng is None or member in self._called:
-            self._called, self._x, self._rng = set(), x, draw_rng(x.device)
-        rng = self._rng if self._x is x else draw_rng(x.device)
-        self._called.add(member)
-        if len(self._called) == len(self.members):
-            self.clear()
-        return rng
+    def fuse(self, linears: Iterable[nn.Module], own_hooks: Iterable[int]) -> None:
+        """Let the members run as one op.
+
+        Args:
+            own_hooks: how many of each linear's forward pre-hooks are those that capture sources.
+        """
+        self.linears, self._own_hooks = list(linears), list(own_hooks)
+
+    def open(self) -> None:
+        """The layer's forward begins."""
+        self._turn, self._surroundings = None, _surroundings()
 
     def clear(self) -> None:
-        """Let go of x and the key."""
-        self._called, self._x, self._rng = set(), None, None
+        """Let go of x, the key and the outputs."""
+        self._turn, self._surroundings = None, None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the layer's forward runs, and a member that is called now is not in a checkpoint of its own."""
+        return self._surroundings is not None and self._surroundings == _surroundings()
+
+    def enter(self, member: str, x: Tensor) -> Turn:
+        """The turn in which ``member`` is called with x. A member that is called again begins a new one."""
+        turn = self._turn
+        if turn is None or member in turn.called:
+            turn = self._turn = Turn(x)
+        turn.called.add(member)
+        if len(turn.called) == len(self.members):
+            self._turn = None
+        return turn
+
+    def circumstances(self, linear: nn.Module, x: Tensor, collecting: bool) -> tuple:
+        """What must be the same for an output to be taken later."""
+        device_type = x.device.type
+        autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
+        found = (torch.get_autocast_dtype(device_type) if autocast else None, linear.training, collecting)
+        if torch.compiler.is_compiling():
+            return found
+        return (*found, torch.is_inference_mode_enabled(), _version(x), id(self.derived))
+
+    def may_run(self, turn: Turn, linear: nn.Module, x: Tensor) -> bool:
+        """Whether the members can run as one op now, ``linear`` being the first that is called with x."""
+        if not self.linears or len(turn.called) > 1:
+            return False
+        # Writes to x between the calls would not be seen: an inference tensor counts none, nor does a traced one.
+        unseen = torch.compiler.is_compiling() or x.is_inference()
+        weight, asks = linear.weight, None
+        for member, own_hooks in zip(self.linears, self._own_hooks):
+            if not _is_plain(member, weight) or member.training != linear.training:
+                return False
+            if unseen and len(member._forward_hooks) + len(member._forward_pre_hooks) > own_hooks:
+                return False
+            # One op has outputs that ask for a gradient or has none.
+            wants = x.requires_grad or any([t is not None and t.requires_grad for t in member._parameters.values()])
+            if asks is not None and wants != asks:
+                return False
+            asks = wants
+        return True
+
+
+def _surroundings() -> tuple:
+    """What a checkpoint changes for what runs in it: the grad mode, or the hooks of saved tensors."""
+    if torch.compiler.is_compiling():
+        return (torch.is_grad_enabled(),)
+    return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def _version(tensor: Tensor | None) -> int | None:
+    return None if tensor is None or tensor.is_inference() else tensor._version
+
+
+def _tensors_of(linear: nn.Module) -> tuple[Tensor | None, ...]:
+    parameters = linear._parameters
+    return (parameters.get("weight"), parameters.get("bias"), parameters.get("lora_A"), parameters.get("lora_B"),
+            linear._buffers.get("lora_mask"))
+
+
+def _is_plain(linear: nn.Module, like: Tensor) -> bool:
+    """Whether a member's forward is its class's and its tensors lie here, whole, beside those of the others.
+
+    A DTensor, a ZeRO-3 partition, a parameter that FSDP has flattened or an offloaded one is brought by the member's own call.
+    """
+    parameters = linear._parameters
+    if "forward" in linear.__dict__ or linear._backward_hooks:
+        return False
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    tensors = [weight, parameters.get("lora_A"), parameters.get("lora_B"), *([] if bias is None else [bias])]
+    for tensor in tensors:
+        if type(tensor) is not nn.Parameter or tensor.device != like.device or tensor.is_meta or tensor.numel() == 0:
+            return False
+        if not torch.compiler.is_compiling() and tensor.untyped_storage().nbytes() == 0:
+            return False
+    return weight.dtype == like.dtype and weight.shape[1:] == like.shape[1:]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from heterolora_kernels.backends import resolve
 from heterolora_kernels.functional import lora_delta, lora_linear_group
-from heterolora_kernels.grouping import MaskGroup
+from heterolora_kernels.grouping import LinearGroup
 from heterolora_kernels.ops.ledger import NUM_COLUMNS, Ledger
 from heterolora_kernels.ops.rng import draw_rng
 from heterolora_kernels.packing import PackBudget, Packs
@@ -97,6 +97,9 @@ class _Derived:
     gate: Tensor
     active: Tensor
     probe: Tensor
+    #: The rows of the probe that are one path set's own, where several share it.
+    rows: slice | None = None
+    everything_on: bool = False
     #: The masks that gate and active were written from, with their versions.
     written: list[tuple[Tensor, int]] = field(default_factory=list)
 
@@ -109,7 +112,7 @@ class PathSet:
     switches: Switches
     dropout_p: float = 0.0
     layer: LayerState | None = None
-    group: MaskGroup | None = None
+    group: LinearGroup | None = None
     packs: Packs | None = None
     derived: _Derived | None = field(default=None, repr=False)
 
@@ -142,33 +145,47 @@ class PathSet:
             derived.active.copy_(torch.stack([_count_leading(mask) for mask in masks]))
         derived.written = [(mask, mask._version) for mask in masks]
 
+    def sharing(self, device: torch.device) -> list[PathSet]:
+        """The path sets whose derived tensors lie in one: the group's, where all of it is on ``device``."""
+        linears = [] if self.group is None else self.group.linears
+        sets = [linear._heterolora for linear in linears]
+        return sets if sets and all(path.mask.device == device for s in sets for path in s.paths) else [self]
+
     def derive(self, device: torch.device) -> _Derived:
-        """Build scaling, gate, active and the probe on ``device``."""
-        total = sum(path.r for path in self.paths)
-        # Plain tensors whatever mode the first forward runs in: an inference tensor could never be written in place.
-        with torch.inference_mode(False), torch.no_grad():
-            probe = torch.zeros(total, NUM_COLUMNS, dtype=torch.float32, device=device, requires_grad=True)
-            self.switches.ledger.attach(probe, self.paths[0].name)
-            self.derived = _Derived(
-                torch.tensor([path.scaling for path in self.paths], dtype=torch.float32, device=device),
-                torch.zeros(total, dtype=torch.float32, device=device),
-                torch.zeros(len(self.paths), dtype=torch.int32, device=device),
-                probe)
-        self.write_masks()
+        """Build scaling, gate, active and the probe on ``device``, with those of the group's other members."""
+        sets = self.sharing(device)
+        whole = _derive(sets, device)
+        if len(sets) > 1:
+            self.group.derived = whole
+        for paths in sets:
+            paths.write_masks()
         return self.derived
 
     @contextmanager
     def everything_on(self) -> Iterator[None]:
-        """Every row open in the block, by derived tensors of its own: a graph that waits for its backward keeps its own."""
-        before = self.derived
+        """Every row open in the block, by derived tensors of its own: a graph that waits for its backward keeps its own.
+
+        Those of the group's other members are then open too, and opening them again changes nothing.
+        """
+        if self.derived is not None and self.derived.everything_on:
+            yield
+            return
+        device = self.paths[0].mask.device
+        sets, group = self.sharing(device), self.group
+        before, whole = [paths.derived for paths in sets], None if group is None else group.derived
         try:
-            derived = self.derive(self.paths[0].mask.device)
+            self.derive(device)
             with torch.inference_mode(False), torch.no_grad():
-                derived.gate.fill_(1.0)
-                derived.active.copy_(torch.tensor([path.r for path in self.paths]))
+                for paths in sets:
+                    paths.derived.everything_on = True
+                    paths.derived.gate.fill_(1.0)
+                    paths.derived.active.copy_(torch.tensor([path.r for path in paths.paths]))
             yield
         finally:
-            self.derived = before
+            for paths, derived in zip(sets, before):
+                paths.derived = derived
+            if group is not None:
+                group.derived = whole
 
     def _current(self, device: torch.device) -> _Derived:
         derived = self.derived if self.derived is not None else self.derive(device)
@@ -178,55 +195,119 @@ class PathSet:
             self.write_masks()
         return derived
 
-    def _prepare(self, x: Tensor, training: bool, device: torch.device):
-        """Sources, parameters, key of the mask and probe of one call."""
-        derived = self._current(device)
-        sources = [self.layer.source(SHORTCUTS[path.site][0], path.name).to(x.dtype)
-                   for path in self.paths if path.site is not None]
-        dropout_p = self.dropout_p if training else 0.0
-        probe = derived.probe if self.switches.ledger.collecting and torch.is_grad_enabled() else None
-        return derived, sources, [p.lora_A for p in self.paths], [p.lora_B for p in self.paths], dropout_p, probe
+    def source(self, path: Path, dtype: torch.dtype) -> Tensor:
+        """What a shortcut reads."""
+        return self.layer.source(SHORTCUTS[path.site][0], path.name).to(dtype)
 
-    def _draw(self, key: Tensor, dropout_p: float) -> Tensor | None:
-        if not dropout_p:
+    def _probe(self, derived: _Derived) -> Tensor | None:
+        if not self.switches.ledger.collecting or not torch.is_grad_enabled():
             return None
-        return self.group.take(self.paths[0].name, key) if self.group is not None else draw_rng(key.device)
+        return derived.probe if derived.rows is None else derived.probe[derived.rows]
 
     def run_linear(self, module: nn.Module, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-        """``base(x)`` and all paths in one op. weight: [N, K] as F.linear takes it."""
-        key = x
-        device_type = x.device.type
-        autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
-        if autocast and x.dtype in _AUTOCAST_DTYPES:
-            dtype = torch.get_autocast_dtype(device_type)
-            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        derived, sources, lora_A, lora_B, dropout_p, probe = self._prepare(x, module.training, weight.device)
-        rng = self._draw(key, dropout_p)
-        path_source, next_source = [], 0
-        for path in self.paths:
-            path_source.append(-1 if path.site is None else next_source)
-            next_source += path.site is not None
-        name = resolve(x.device, None, x.dtype)
-        # A weight that autocast has just cast is another one in each call.
-        packs = [] if autocast or self.packs is None else self.packs.of(name, weight, x)
-        call = dict(rng=rng, dropout_p=dropout_p, probe=probe, packs=packs, backend=name)
-        args = (x, [weight], [bias], sources, lora_A, lora_B, derived.scaling, derived.gate, derived.active,
-                [0] * len(self.paths), path_source)
-        if not autocast:
-            return lora_linear_group(*args, **call)[0]
-        with torch.autocast(device_type, enabled=False):
-            return lora_linear_group(*args, **call)[0]
+        """``base(x)`` and all paths in one op, alone or with its group. weight: [N, K] as F.linear takes it."""
+        dropout_p, group = self.dropout_p if module.training else 0.0, self.group
+        if group is None or not group.is_running:
+            rng = draw_rng(x.device) if dropout_p else None
+            return self._run_alone(weight, bias, x, rng, dropout_p)
+        turn = group.enter(self.paths[0].name, x)
+        index = group.members.index(self.paths[0].name)
+        if turn.holds_outputs:
+            out = turn.take(index, x, group.circumstances(module, x, self.switches.ledger.collecting), module)
+            if out is not None:
+                return out
+        rng = turn.key(x) if dropout_p else None
+        if not group.may_run(turn, module, x):
+            return self._run_alone(weight, bias, x, rng, dropout_p)
+        members = [(linear._heterolora, linear.weight, linear.bias) for linear in group.linears]
+        for paths, _, _ in members:
+            paths._current(weight.device)
+        derived = group.derived
+        if derived is None or any(paths.derived.probe is not derived.probe for paths, _, _ in members):
+            return self._run_alone(weight, bias, x, rng, dropout_p)
+        circumstances = group.circumstances(module, x, self.switches.ledger.collecting)
+        outs = _run_linears(members, derived, self._probe(derived), x, rng, dropout_p)
+        return turn.hold(outs, index, circumstances, group.linears)
+
+    def _run_alone(self, weight: Tensor, bias: Tensor | None, x: Tensor, rng: Tensor | None, dropout_p: float) -> Tensor:
+        derived = self._current(weight.device)
+        return _run_linears([(self, weight, bias)], derived, self._probe(derived), x, rng, dropout_p)[0]
 
     def run_delta(self, module: nn.Module, base_out: Tensor) -> Tensor:
         """``base_out`` and all paths, for an output that something else computed."""
-        device_type = base_out.device.type
-        derived, sources, lora_A, lora_B, dropout_p, probe = self._prepare(base_out, module.training, base_out.device)
-        args = (base_out, sources, lora_A, lora_B, derived.scaling, derived.gate, derived.active)
-        call = dict(rng=self._draw(base_out, dropout_p), dropout_p=dropout_p, probe=probe)
+        device_type, derived = base_out.device.type, self._current(base_out.device)
+        dropout_p = self.dropout_p if module.training else 0.0
+        args = (base_out, [self.source(path, base_out.dtype) for path in self.paths], [path.lora_A for path in self.paths],
+                [path.lora_B for path in self.paths], derived.scaling, derived.gate, derived.active)
+        call = dict(rng=draw_rng(base_out.device) if dropout_p else None, dropout_p=dropout_p, probe=self._probe(derived))
         if device_type == "meta" or not torch.is_autocast_enabled(device_type):
             return lora_delta(*args, **call)
         with torch.autocast(device_type, enabled=False):
             return lora_delta(*args, **call)
+
+
+def _derive(sets: Sequence[PathSet], device: torch.device) -> _Derived:
+    """Derived tensors over the paths of all sets; each set gets its part of them, as views, before any mask is written."""
+    paths = [path for s in sets for path in s.paths]
+    total = sum(path.r for path in paths)
+    # Plain tensors whatever mode the first forward runs in: an inference tensor could never be written in place.
+    with torch.inference_mode(False), torch.no_grad():
+        probe = torch.zeros(total, NUM_COLUMNS, dtype=torch.float32, device=device, requires_grad=True)
+        sets[0].switches.ledger.attach(probe, paths[0].name)
+        whole = _Derived(
+            torch.tensor([path.scaling for path in paths], dtype=torch.float32, device=device),
+            torch.zeros(total, dtype=torch.float32, device=device),
+            torch.zeros(len(paths), dtype=torch.int32, device=device),
+            probe)
+        if len(sets) == 1:
+            sets[0].derived = whole
+            return whole
+        first, row = 0, 0
+        for s in sets:
+            end, last_row = first + len(s.paths), row + sum(path.r for path in s.paths)
+            s.derived = _Derived(whole.scaling[first:end], whole.gate[row:last_row], whole.active[first:end], probe,
+                                 slice(row, last_row))
+            first, row = end, last_row
+    return whole
+
+
+def _run_linears(members: Sequence[tuple[PathSet, Tensor, Tensor | None]], derived: _Derived, probe: Tensor | None, x: Tensor,
+                 rng: Tensor | None, dropout_p: float) -> list[Tensor]:
+    """Every member's output in one op. members: (path set, weight, bias) of each; derived and probe: over all their paths."""
+    device_type = x.device.type
+    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
+    weights, biases = [weight for _, weight, _ in members], [bias for _, _, bias in members]
+    if autocast and x.dtype in _AUTOCAST_DTYPES:
+        dtype = torch.get_autocast_dtype(device_type)
+        x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
+        biases = [None if bias is None else bias.to(dtype) for bias in biases]
+    sources, lora_A, lora_B, path_output, path_source = [], [], [], [], []
+    for output, (paths, _, _) in enumerate(members):
+        for path in paths.paths:
+            path_output.append(output)
+            path_source.append(-1 if path.site is None else len(sources))
+            if path.site is not None:
+                sources.append(paths.source(path, x.dtype))
+            lora_A.append(path.lora_A)
+            lora_B.append(path.lora_B)
+    name = resolve(x.device, None, x.dtype)
+    # A weight that autocast has just cast is another one in each call.
+    packs = [] if autocast else _packs_of([paths.packs for paths, _, _ in members], name, weights, x)
+    args = (x, weights, biases, sources, lora_A, lora_B, derived.scaling, derived.gate, derived.active, path_output, path_source)
+    call = dict(rng=rng, dropout_p=dropout_p, probe=probe, packs=packs, backend=name)
+    if not autocast:
+        return lora_linear_group(*args, **call)
+    with torch.autocast(device_type, enabled=False):
+        return lora_linear_group(*args, **call)
+
+
+def _packs_of(owners: Sequence[Packs | None], backend: str, weights: Sequence[Tensor], x: Tensor) -> list[Tensor]:
+    """Two packs per weight, empty ones where a weight has none; an empty list where none has."""
+    found = [[] if packs is None else packs.of(backend, weight, x) for packs, weight in zip(owners, weights)]
+    if len(found) == 1 or not any(found):
+        return [pack for pair in found for pack in pair]
+    nothing = weights[0].new_empty((0,), dtype=torch.uint8)
+    return [pack for pair in found for pack in pair or (nothing, nothing)]
 
 
 def _count_leading(mask: Tensor) -> Tensor:

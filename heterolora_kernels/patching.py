@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from heterolora_kernels.config import HeteroLoraConfig
 from heterolora_kernels.freezing import StepHooks
-from heterolora_kernels.grouping import GROUPS, MaskGroup
+from heterolora_kernels.grouping import GROUPS, LinearGroup
 from heterolora_kernels.instances import check_swappable, is_swapped, restore_class, swap_class
 from heterolora_kernels.layers import (
     PatchedConv1D,
@@ -171,15 +171,20 @@ class _Patcher:
             handle = module.register_forward_pre_hook(hook, with_kwargs=True)
             self.state.hooks.append((module, handle.id))
 
-    def add_groups(self, layer_name: str, layer: nn.Module) -> list[MaskGroup]:
+    def add_groups(self, layer_name: str, layer: nn.Module) -> list[LinearGroup]:
         groups = []
-        for members in GROUPS.get(type(layer).__name__, ()):
-            names = [f"{layer_name}.{member}" for member in members if f"{layer_name}.{member}" in self.state.paths]
-            if len(names) > 1:
-                group = MaskGroup(names)
-                for name in names:
-                    self.modules[name]._heterolora.group = group
-                groups.append(group)
+        for members in GROUPS[type(layer).__name__]:
+            wanted = {f"{layer_name}.{member}" for member in members}
+            # In the order of the model's modules, in which their rows lie in the ledger.
+            names = [name for name in self.state.paths if name in wanted]
+            if len(names) < 2:
+                continue
+            group, linears = LinearGroup(names), [self.modules[name] for name in names]
+            for linear in linears:
+                linear._heterolora.group = group
+            if self.config.group == "auto" and _can_run_as_one(linears):
+                group.fuse(linears, [sum(hooked is linear for hooked, _ in self.state.hooks) for linear in linears])
+            groups.append(group)
         return groups
 
     def run(self, lora: Sequence[PlannedPath], layers: Sequence[PlannedLayer], shortcuts) -> None:
@@ -204,18 +209,25 @@ class _Patcher:
                 layer.stack._heterolora_carriers = [c for key, c in carriers.items() if key[0] == id(layer.stack)]
                 self.state.stacks.append(layer.stack)
                 swap_class(layer.stack, PatchedStack)
-        if self.config.lora_dropout > 0:
-            self._share_masks(states)
+        if self.config.lora_dropout > 0 or self.config.group == "auto":
+            self._form_groups(states)
         self._freeze()
 
-    def _share_masks(self, states: dict[str, LayerState]) -> None:
+    def _form_groups(self, states: dict[str, LayerState]) -> None:
         for name, module in list(self.modules.items()):
             if type(module).__name__ not in GROUPS:
                 continue
+            if not is_swapped(module):
+                try:
+                    check_swappable(name, module)
+                except ValueError:
+                    # Without dropout its linears do as well one by one.
+                    if self.config.lora_dropout > 0:
+                        raise
+                    continue
             groups = self.add_groups(name, module)
             if groups and not is_swapped(module):
                 states[name] = LayerState(name, 0, None)
-                check_swappable(name, module)
                 self.patch_layer(module, states[name])
             if groups:
                 states[name].groups = groups
@@ -225,6 +237,14 @@ class _Patcher:
             owner, _, leaf = name.rpartition(".")
             if leaf not in ADAPTER_NAMES:
                 parameter.requires_grad_(is_below(owner, self.config.heads) and parameter.is_floating_point())
+
+
+def _can_run_as_one(linears: Sequence[nn.Module]) -> bool:
+    """Whether linears that read one x have one path of it each, and weights that are alike."""
+    first = linears[0].weight
+    return all(isinstance(linear, PatchedLinear) and [path.site for path in linear._heterolora.paths] == [None]
+               and linear.weight.shape[1] == first.shape[1] and linear.weight.dtype == first.dtype
+               and linear.weight.device == first.device for linear in linears)
 
 
 def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
@@ -286,8 +306,7 @@ def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
     model.__dict__[_STATE] = state
     try:
         _Patcher(model, config, state).run(lora, layers, shortcuts)
-        rows = {path.name: path.r for module in state.linears for path in module._heterolora.paths}
-        state.switches.ledger = Ledger(rows)
+        state.switches.ledger = Ledger(_ledger_rows(state))
         # Now and not at the first forward, which may be one that torch.compile traces.
         for module in state.linears:
             module._heterolora.refresh()
@@ -297,6 +316,16 @@ def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
         remove_heterolora(model)
         raise
     return model
+
+
+def _ledger_rows(state: HeteroLoraState) -> dict[str, int]:
+    """``{path: r}`` in the order of the modules, the members of a group side by side: they have one probe."""
+    rows: dict[str, int] = {}
+    for module in state.linears:
+        group = module._heterolora.group
+        for linear in [module] if group is None or not group.linears else group.linears:
+            rows.update({path.name: path.r for path in linear._heterolora.paths})
+    return rows
 
 
 def remove_heterolora(model: nn.Module) -> nn.Module:

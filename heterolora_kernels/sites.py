@@ -119,7 +119,7 @@ class LayerState:
         name: the layer's name in the model.
         index: its position in the stack.
         imports_f, exports_f: whether f comes from the layer before and goes to the next one.
-        groups: the layer's mask groups, cleared with the rest.
+        groups: the layer's groups of linears, opened and cleared with the rest.
     """
 
     def __init__(self, name: str, index: int, carrier: Carrier | None):
@@ -162,6 +162,12 @@ class LayerState:
                                "ran: the layer's row in `sites` does not describe what its forward does")
         return value
 
+    def open(self) -> None:
+        """The layer's forward begins."""
+        self.running = True
+        for group in self.groups:
+            group.open()
+
     def clear(self) -> None:
         self.running = False
         self.h = self.f = self.f_prev = None
@@ -188,6 +194,17 @@ def _first_tensor(args: tuple, kwargs: dict) -> Tensor:
     return args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
 
 
+@torch.compiler.assume_constant_result
+def _inside_a_traced_block() -> bool:
+    """Whether torch.compile is tracing the body of a checkpoint or of another block, in which nothing outside may be written.
+
+    A layer that captures nothing but for its groups does without them there: else the model would not be compiled at all.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    return InstructionTranslator.current_tx().output.current_tracer.parent is not None
+
+
 class PatchedLayer:
     """Mixin of a layer: clears what was captured, and passes f in and out. ``_heterolora`` is its LayerState."""
 
@@ -205,8 +222,10 @@ class PatchedLayer:
 
     def patched_forward(self, base_forward, *args, **kwargs):
         state = self._heterolora
+        if state.carrier is None and torch.compiler.is_dynamo_compiling() and _inside_a_traced_block():
+            return base_forward(self, *args, **kwargs)
         args, kwargs, state.f_prev = state.unwrap(args, kwargs)
-        state.running = True
+        state.open()
         try:
             out = base_forward(self, *args, **kwargs)
             if not state.exports_f:

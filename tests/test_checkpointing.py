@@ -74,12 +74,12 @@ def without_checkpointing(name: str, batches: int, dropout: float = 0.0):
 
 
 def captured(model: nn.Module) -> list:
-    """Every tensor that a layer, a mask group or a carrier still holds."""
+    """What a layer, a group of linears or a carrier still holds."""
     held = []
     for module in model.modules():
         state = module.__dict__.get("_heterolora")
         held += [getattr(state, name, None) for name in ("h", "f", "f_prev")]
-        held += [tensor for group in getattr(state, "groups", ()) for tensor in (group._x, group._rng)]
+        held += [group._turn for group in getattr(state, "groups", ())]
         carriers = module.__dict__.get("_heterolora_carriers", ())
         held += [carrier._f for carrier in carriers]
         assert all(carrier._depth == 0 for carrier in carriers)

@@ -216,7 +216,8 @@ def test_model_with_accelerate_hooks_equals_the_unhooked(name, how):
     assert torch.equal(plain(**inputs).logits, model(**inputs).logits)
     _, expected = loss_and_gradients(plain, inputs)
     _, gradients = loss_and_gradients(model, inputs)
-    assert_gradients_close(gradients, expected, tolerance=0.0)
+    # A member with a hook of accelerate runs alone, so that gradients of x are summed in another order.
+    assert_gradients_close(gradients, expected, tolerance=1e-6 if name in ("llama", "gemma2") else 1e-12)
 
 
 @FEW

@@ -29,7 +29,7 @@ from families import (
 from torch import Tensor, nn
 
 import heterolora_kernels as hlk
-from heterolora_kernels.grouping import GROUPS, MaskGroup
+from heterolora_kernels.grouping import GROUPS, LinearGroup
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
@@ -238,38 +238,48 @@ def test_mask_group_of_members_that_are_not_all_called_holds_nothing_after_the_l
 
 # ---- mask groups alone ----
 
+def _opened(members) -> LinearGroup:
+    group = LinearGroup(members)
+    group.open()
+    return group
+
+
+def _key(group: LinearGroup, member: str, x: Tensor) -> Tensor:
+    return group.enter(member, x).key(x)
+
+
 ORDERS = {"as_listed": "qkv", "backwards": "vkq", "mixed": "kqv"}
 
 
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
 def test_group_members_share_a_key_in_any_order(order):
     torch.manual_seed(0)
-    group, x = MaskGroup("qkv"), torch.randn(2, 3)
-    keys = [group.take(member, x) for member in order]
+    group, x = _opened("qkv"), torch.randn(2, 3)
+    keys = [_key(group, member, x) for member in order]
     torch.manual_seed(0)
     torch.randn(2, 3)
     assert keys[0] is keys[1] is keys[2]
     assert torch.equal(keys[0], torch.randint(0, 2**63 - 1, (1,)))
-    assert not torch.equal(group.take(order[0], x), keys[0]), "a complete group begins anew"
+    assert not torch.equal(_key(group, order[0], x), keys[0]), "a complete group begins anew"
 
 
 def test_group_member_with_another_tensor_draws_its_own_key():
-    group, x = MaskGroup("qkv"), torch.randn(2, 3)
-    q, k, v = group.take("q", x), group.take("k", x.clone()), group.take("v", x)
+    group, x = _opened("qkv"), torch.randn(2, 3)
+    q, k, v = _key(group, "q", x), _key(group, "k", x.clone()), _key(group, "v", x)
     assert q is v and not torch.equal(q, k)
 
 
 def test_group_member_called_twice_draws_anew():
-    group, x = MaskGroup("qkv"), torch.randn(2, 3)
-    first, second, k = group.take("q", x), group.take("q", x), group.take("k", x)
+    group, x = _opened("qkv"), torch.randn(2, 3)
+    first, second, k = _key(group, "q", x), _key(group, "q", x), _key(group, "k", x)
     assert not torch.equal(first, second) and k is second
 
 
 def test_group_copies_hold_nothing():
-    group = MaskGroup("qkv")
-    group.take("q", torch.randn(2, 3))
+    group = _opened("qkv")
+    _key(group, "q", torch.randn(2, 3))
     twin = copy.deepcopy(group)
-    assert twin.members == group.members and twin._x is None and twin._rng is None and not twin._called
+    assert twin.members == group.members and twin._turn is None and twin.derived is None and not twin.is_running
 
 
 @every_family

@@ -264,7 +264,7 @@ def test_wrong_types_are_named(model, config, name):
 
 FAILURES = {
     "swap_class": "swap_class", "layer": "LayerState", "adapter": "make_adapter", "shortcut": "ShortcutPath",
-    "group": "MaskGroup", "ledger": "Ledger",
+    "group": "LinearGroup", "ledger": "Ledger",
 }
 
 

@@ -143,7 +143,10 @@ def extra(name: str, function: str) -> Callable | None:
     columns]``: the ledger's rows of accumulated gradients, all paths in one pass.
     """
     _load(name)
-    return getattr(sys.modules[_backends[name].module], function, None)
+    module = sys.modules[_backends[name].module]
+    found = getattr(module, function, None)
+    # Its own: what the reference imports to compute with is not offered.
+    return found if getattr(found, "__module__", None) == module.__name__ else None
 
 
 @functools.cache

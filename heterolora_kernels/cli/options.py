@@ -43,6 +43,7 @@ CONFIG_FLAGS = {
     "on_reactivate": ("str", "keep or reset: optimizer state of what is switched on again"),
     "synflow_target": ("str", "outputs or loss"),
     "pack": ("str", "packed copies of frozen weights: auto, copy or off"),
+    "group": ("str", "auto or off: linears that read one tensor run as one op"),
     "init_from": ("str", "folder of a PEFT LoRA adapter to start from"),
     "seed": ("int", "of everything that is drawn"),
 }

@@ -1,7 +1,8 @@
 """The autograd functions around the ops of every backend.
 
 The statistics leave the backward as the gradient of ``proxy_probe``. Gradients of weights and biases, which LoRA freezes,
-are plain matmuls here, outside the kernels: they exist where somebody asks for them.
+are plain matmuls here, outside the kernels: they exist where somebody asks for them. An output that the loss does not use is
+left out of the backward, with its paths: its parameters get None, as they would from a linear of its own.
 
 Arguments are flat, because autograd sees only top-level tensors; ``counts`` says how many of each list follow.
 """
@@ -9,12 +10,13 @@ Arguments are flat, because autograd sees only top-level tensors; ``counts`` say
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from heterolora_kernels.ops.schema import NAMESPACE, Flags, Needs
+from heterolora_kernels.ops.schema import NAMESPACE, Flags, Needs, hidden_offsets, mask_offsets, rank_offsets
 
 
 def _split(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[list[Tensor]]:
@@ -45,6 +47,8 @@ class _LoraOp(torch.autograd.Function):
         base_lists = (bases,) if op == "lora_delta" else (bases, packs, biases)
         outs, hidden, mask = _op(op, backend)(x, *base_lists, sources, lora_A, lora_B, scaling, gate, active, rng,
                                               list(path_output), list(path_source), dropout_p, flags)
+        # Zeros in the place of an unused output's gradient would cost its matmuls, and 0 * inf is nan.
+        ctx.set_materialize_grads(False)
         ctx.op, ctx.backend, ctx.counts = op, backend, counts
         ctx.path_output, ctx.path_source, ctx.dropout_p, ctx.flags = path_output, path_source, dropout_p, flags
         ctx.save_for_backward(x, scaling, gate, active, rng, hidden, mask, *tensors)
@@ -66,19 +70,86 @@ class _LoraOp(torch.autograd.Function):
                             (any(needs_B), Needs.LORA_B), (needs_probe, Needs.STATISTICS)):
             if asked:
                 needs |= need
-        grad_outs = list(grad_outs)
-        base_lists = (bases,) if ctx.op == "lora_delta" else (bases, packs, biases)
+        used = [i for i, grad in enumerate(grad_outs) if grad is not None]
+        if not used:
+            return (None,) * len(ctx.needs_input_grad)
+        call = _Backward(x, bases, packs, biases, sources, lora_A, lora_B, scaling, gate, active, list(ctx.path_output),
+                         list(ctx.path_source), hidden, mask)
+        part = call if len(used) == len(grad_outs) else call.of_outputs(used, ctx.dropout_p)
+        base_lists = (part.bases,) if ctx.op == "lora_delta" else (part.bases, part.packs, part.biases)
         grad_x, grad_sources, grad_A, grad_B, stats = _op(f"{ctx.op}_backward", ctx.backend)(
-            grad_outs, x, *base_lists, sources, lora_A, lora_B, scaling, gate, active, rng, list(ctx.path_output),
-            list(ctx.path_source), ctx.dropout_p, ctx.flags, hidden, mask, int(needs))
+            [grad_outs[i] for i in used], x, *base_lists, part.sources, part.lora_A, part.lora_B, part.scaling, part.gate,
+            part.active, rng, part.path_output, part.path_source, ctx.dropout_p, ctx.flags, part.hidden, part.mask, int(needs))
+        if part is not call:
+            grad_sources, grad_A, grad_B, stats = part.spread(call, grad_sources, grad_A, grad_B, stats)
         if ctx.op == "lora_delta":
             grad_bases = _asked(grad_outs, needs_bases)
         else:
-            grad_bases = [grad.t() @ x if asked else None for grad, asked in zip(grad_outs, needs_bases)]
-        grad_biases = [grad.sum(0) if asked else None for grad, asked in zip(grad_outs, needs_biases)]
+            grad_bases = [grad.t() @ x if asked and grad is not None else None for grad, asked in zip(grad_outs, needs_bases)]
+        grad_biases = [grad.sum(0) if asked and grad is not None else None for grad, asked in zip(grad_outs, needs_biases)]
         return (None, None, None, None, None, None, None, stats if needs_probe else None, grad_x if needs_x else None,
                 None, None, None, None, *grad_bases, *[None] * n_packs, *grad_biases, *_asked(grad_sources, needs_sources),
                 *_asked(grad_A, needs_A), *_asked(grad_B, needs_B))
+
+
+@dataclass
+class _Backward:
+    """The tensors of a backward that depend on which outputs take part."""
+
+    x: Tensor
+    bases: list[Tensor]
+    packs: list[Tensor]
+    biases: list[Tensor]
+    sources: list[Tensor]
+    lora_A: list[Tensor]
+    lora_B: list[Tensor]
+    scaling: Tensor
+    gate: Tensor
+    active: Tensor
+    path_output: list[int]
+    path_source: list[int]
+    hidden: Tensor
+    mask: Tensor
+    #: Of the whole call, in a part of it: its paths and sources.
+    paths: list[int] = field(default_factory=list)
+    kept_sources: list[int] = field(default_factory=list)
+
+    def of_outputs(self, used: list[int], dropout_p: float) -> _Backward:
+        """The same call with the outputs ``used`` alone."""
+        paths = [p for p, output in enumerate(self.path_output) if output in used]
+        kept = [j for j in range(len(self.sources)) if any(self.path_source[p] == j for p in paths)]
+        ranks = [a.shape[0] for a in self.lora_A]
+        columns, rows = hidden_offsets(ranks), rank_offsets(ranks)
+        offsets = mask_offsets(self.x, self.sources, self.path_source) if dropout_p > 0 else {}
+        read = [key for key in offsets if any(self.path_source[p] == key for p in paths)]
+
+        def joined(tensor: Tensor, bounds: list[tuple[int, int]], dim: int) -> Tensor:
+            return torch.cat([tensor.narrow(dim, first, end - first) for first, end in bounds or [(0, 0)]], dim)
+
+        return _Backward(
+            self.x, [self.bases[i] for i in used], [self.packs[2 * i + k] for i in used for k in (0, 1)] if self.packs else [],
+            [self.biases[i] for i in used] if self.biases else [], [self.sources[j] for j in kept],
+            [self.lora_A[p] for p in paths], [self.lora_B[p] for p in paths],
+            joined(self.scaling, [(p, p + 1) for p in paths], 0), joined(self.gate, [(rows[p], rows[p + 1]) for p in paths], 0),
+            joined(self.active, [(p, p + 1) for p in paths], 0), [used.index(self.path_output[p]) for p in paths],
+            [-1 if self.path_source[p] == -1 else kept.index(self.path_source[p]) for p in paths],
+            joined(self.hidden, [(columns[p], columns[p + 1]) for p in paths], 1),
+            joined(self.mask, [offsets[key] for key in read], 1) if dropout_p > 0 else self.mask, paths, kept)
+
+    def spread(self, whole: _Backward, grad_sources: list[Tensor], grad_A: list[Tensor], grad_B: list[Tensor], stats: Tensor):
+        """Results of this part in the places of the whole call; None, or 0 in the statistics, elsewhere."""
+        def places(found: list[Tensor], where: list[int], count: int) -> list[Tensor | None]:
+            return [found[where.index(i)] if i in where else None for i in range(count)]
+
+        count, rows = len(whole.lora_A), rank_offsets([a.shape[0] for a in whole.lora_A])
+        if stats.numel() > 0:
+            parts = dict(zip(self.paths, stats.split([a.shape[0] for a in self.lora_A])))
+            stats = torch.cat([parts[p] if p in parts else stats.new_zeros(rows[p + 1] - rows[p], stats.shape[1])
+                               for p in range(count)])
+        elif stats.dim() == 2:
+            stats = stats.new_zeros(rows[-1], stats.shape[1])
+        return (places(grad_sources, self.kept_sources, len(whole.sources)), places(grad_A, self.paths, count),
+                places(grad_B, self.paths, count), stats)
 
 
 def _call(op: str, backend: str, x: Tensor, bases: Sequence[Tensor], packs: Sequence[Tensor], biases: Sequence[Tensor],
