@@ -19,6 +19,20 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
+_no_biases: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
+def _no_bias(weight: Tensor) -> Tensor:
+    """The empty tensor that stands for no bias; kept, since making one costs a tenth of a small call."""
+    if torch.compiler.is_compiling() or type(weight) not in (Tensor, torch.nn.Parameter):
+        return weight.new_empty((0,))
+    key = (weight.dtype, weight.device)
+    if key not in _no_biases:
+        with torch.inference_mode(False):
+            _no_biases[key] = torch.empty((0,), dtype=weight.dtype, device=weight.device)
+    return _no_biases[key]
+
+
 def _require_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
@@ -108,15 +122,17 @@ def lora_linear_group(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Ten
     Returns:
         One tensor [..., N_i] per weight.
     """
-    flat, name = _flat(x), resolve(x.device, backend, x.dtype)
+    flat, name, shaped = _flat(x), resolve(x.device, backend, x.dtype), x.dim() != 2
     # F.linear adds the bias after the product where x is strided and of more than two dimensions, and inside it
     # elsewhere; the reference promises the bits of F.linear.
-    bias_last = name == "reference" and x.dim() > 2 and not x.is_contiguous()
+    bias_last = shaped and name == "reference" and x.dim() > 2 and not x.is_contiguous()
     outs = call_lora_linear(
         name, flat, list(weights), list(packs),
-        [weight.new_empty((0,)) if bias is None or bias_last else bias for weight, bias in zip(weights, biases)],
+        [_no_bias(weight) if bias is None or bias_last else bias for weight, bias in zip(weights, biases)],
         [_flat(u) for u in sources], list(lora_A), list(lora_B), scaling, gate, active, rng, list(path_output),
         list(path_source), dropout_p, probe)
+    if not shaped:
+        return outs
     outs = [out.reshape(*x.shape[:-1], out.shape[-1]) for out in outs]
     return [out if bias is None or not bias_last else out + bias for out, bias in zip(outs, biases)]
 

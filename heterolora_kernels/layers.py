@@ -65,18 +65,19 @@ class Path:
         """``"lora"`` or ``"shortcut"``."""
         return "lora" if self.site is None else "shortcut"
 
+    # Not holder.lora_A: nn.Module's attribute look-up costs as much as a small matmul, in each call of each path.
     @property
     def lora_A(self) -> Tensor:
-        return self.holder.lora_A
+        return self.holder._parameters["lora_A"]
 
     @property
     def lora_B(self) -> Tensor:
-        return self.holder.lora_B
+        return self.holder._parameters["lora_B"]
 
     @property
     def mask(self) -> Tensor:
         """bool [r], True for active rows."""
-        return self.holder.lora_mask
+        return self.holder._buffers["lora_mask"]
 
     def active_rows(self) -> tuple[bool, ...]:
         """The mask on the host; copied from the device only after it changed."""
@@ -190,9 +191,12 @@ class PathSet:
     def _current(self, device: torch.device) -> _Derived:
         derived = self.derived if self.derived is not None else self.derive(device)
         # Whoever writes a mask in place (an averaged copy of the model, say) is followed. A compiled graph is not asked.
-        if not torch.compiler.is_compiling() and any(
-                path.mask is not mask or mask._version != version for path, (mask, version) in zip(self.paths, derived.written)):
-            self.write_masks()
+        if torch.compiler.is_compiling():
+            return derived
+        for path, (mask, version) in zip(self.paths, derived.written):
+            if path.mask is not mask or mask._version != version:
+                self.write_masks()
+                break
         return derived
 
     def source(self, path: Path, dtype: torch.dtype) -> Tensor:
