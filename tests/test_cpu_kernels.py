@@ -33,7 +33,7 @@ SLACK = {torch.float32: 2.0 ** -22, torch.bfloat16: 2.0 ** -10, torch.float16: 2
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 
 # Sizes on both sides of every boundary: few rows (16), strips (4, 6, 12, 32 rows), tiles of 128 rows, blocks of 128 and 256
-# rows, panels (16 and 32 columns), lanes (8 and 16) and, in a contraction, pairs, blocks of 32 and chains and chunks of 256-320.
+# rows, panels (16 and 32 columns), lanes (8 and 16) and, in a contraction, pairs, blocks of 32 and chains and chunks of 320-384.
 LARGER = {
     "one_row": Case(m=1, k=301, outs=(37, 70), biases=(True, False), paths=((13, 0, -1), (5, 1, -1)), gates="mixed", seed=21),
     "two_rows_dropout": Case(m=2, k=64, outs=(33,), source_sizes=(45,), paths=((5, 0, -1), (1, 0, 0)), dropout_p=0.3, seed=22),
