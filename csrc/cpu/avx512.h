@@ -15,6 +15,18 @@ struct Avx512 {
     using F = __m512;
     using U = __m512i;
 
+    // Half of a vector: twice as many of them are multiplied in a cycle.
+    struct Half {
+        using F = __m256;
+        using U = __m256i;
+        static F zero() { return _mm256_setzero_ps(); }
+        static U load_units(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+        static U broadcast(const uint32_t* p) { return _mm256_set1_epi32(static_cast<int>(*p)); }
+        static F mac(F acc, U a, U b) { return _mm256_fmadd_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), acc); }
+        static F add(F a, F b) { return _mm256_add_ps(a, b); }
+        static void store(float* p, F f) { _mm256_storeu_ps(p, f); }
+    };
+
     static F zero() { return _mm512_setzero_ps(); }
     static F set1(float x) { return _mm512_set1_ps(x); }
     static F load(const float* p) { return _mm512_loadu_ps(p); }

@@ -7,6 +7,11 @@ namespace hlk {
 namespace {
 
 struct Avx512Bf16 : Avx512 {
+    struct Half : Avx512::Half {
+        static F mac(F acc, U a, U b) {
+            return _mm256_dpbf16_ps(acc, reinterpret_cast<__m256bh>(a), reinterpret_cast<__m256bh>(b));
+        }
+    };
     static F dot(F acc, U a, U b) {
         return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
     }

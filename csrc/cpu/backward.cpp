@@ -94,7 +94,7 @@ public:
             const int64_t width = round_up(lanes_.output_width[i], e_.lanes);
             if (width == 0) continue;
             auto* q = slots.take<float>(rows * width);
-            low_rank_product(e_, packed, rows, lora_B_[i], width, e_.units(output.columns), q);
+            low_rank_product(e_, packed, rows, lora_B_[i], lanes_.output_width[i], e_.units(output.columns), q);
             for (size_t p = 0; p < g_.paths.size(); ++p) {
                 const Path& path = g_.paths[p];
                 if (path.output != static_cast<int>(i)) continue;
@@ -127,7 +127,7 @@ public:
     }
 
     // What the outer products multiply with, and the sums of q h and h^2.
-    void finish(Scratch& scratch) {
+    void finish(Scratch& scratch, Slots slots) {
         const int64_t rows = scratch.strips.rows;
         if (shadow_A()) {
             for (size_t key = 0; key < g_.sources.size(); ++key) {
@@ -142,22 +142,13 @@ public:
             const Matrix hidden = Matrix{g_.hidden, g_.dtype, g_.hidden_ld}.at(scratch.first, path.hidden_column);
             e_.pack_coefficients(hidden, rows, lanes_.of_output[p], path.rows, scratch.h_coef[path.output],
                                  lanes_.output_width[path.output]);
-            if (path.stats != nullptr) sum_hidden(scratch, p, hidden);
+            if (path.stats != nullptr) sum_hidden(scratch, p, hidden, slots);
         }
     }
 
     void columns(Scratch& scratch, int64_t part, int64_t parts, Slots slots) {
         const int width = e_.panel();
-        for (size_t key = 0; key < g_.sources.size(); ++key) {
-            const Source& source = g_.sources[key];
-            const Range range = share((source.columns + width - 1) / width, part, parts);
-            if (source.grad != nullptr) source_columns(scratch, key, range, slots);
-            const int64_t lanes = lanes_.source_width[key];
-            if (shadow_A() && lanes > 0) {
-                outer(scratch.q_coef[key], lanes, source.values.at(scratch.first, 0), source.keep.at(scratch.first, 0),
-                      scratch.strips.rows, source.columns, range, partial_A_[key] + scratch.block * lanes * source.columns);
-            }
-        }
+        // Outer products first: the rows of grad_out are still in the cache, which the weights would push out.
         for (size_t i = 0; i < g_.outputs.size(); ++i) {
             const Output& output = g_.outputs[i];
             const int64_t lanes = lanes_.output_width[i];
@@ -165,6 +156,16 @@ public:
             const Range range = share((output.columns + width - 1) / width, part, parts);
             outer(scratch.h_coef[i], lanes, output.grad_out.at(scratch.first, 0), Keep{}, scratch.strips.rows, output.columns,
                   range, partial_B_[i] + scratch.block * lanes * output.columns);
+        }
+        for (size_t key = 0; key < g_.sources.size(); ++key) {
+            const Source& source = g_.sources[key];
+            const Range range = share((source.columns + width - 1) / width, part, parts);
+            const int64_t lanes = lanes_.source_width[key];
+            if (shadow_A() && lanes > 0) {
+                outer(scratch.q_coef[key], lanes, source.values.at(scratch.first, 0), source.keep.at(scratch.first, 0),
+                      scratch.strips.rows, source.columns, range, partial_A_[key] + scratch.block * lanes * source.columns);
+            }
+            if (source.grad != nullptr) source_columns(scratch, key, range, slots);
         }
     }
 
@@ -294,20 +295,21 @@ private:
         e_.outer(o);
     }
 
-    void sum_hidden(const Scratch& scratch, size_t p, Matrix hidden) const {
+    void sum_hidden(const Scratch& scratch, size_t p, Matrix hidden, Slots& slots) const {
         const Path& path = g_.paths[p];
-        const int64_t lanes = lanes_.source_width[path.source];
-        float* sums = partial_sums_ + 2 * (scratch.block * sums_width_ + sums_first(p));
-        std::memset(sums, 0, 8 * path.rows);
-        float h[64];
-        for (int64_t r = 0; r < scratch.strips.rows; ++r) {
-            const float* q = scratch.q[path.source] + r * lanes + lanes_.of_source[p];
-            for (int64_t j = 0; j < path.rows; j += 64) {
-                const int64_t count = std::min<int64_t>(64, path.rows - j);
-                copy_row(e_, hidden.at(r, j), count, h, DType::f32);
-                for (int64_t c = 0; c < count; ++c) {
-                    sums[2 * (j + c)] += h[c] * h[c];
-                    sums[2 * (j + c) + 1] += q[j + c] * h[c];
+        const int64_t lanes = lanes_.source_width[path.source], count = path.rows;
+        float* h_sq = partial_sums_ + 2 * (scratch.block * sums_width_ + sums_first(p));
+        float* qh = h_sq + count;
+        std::memset(h_sq, 0, 8 * count);
+        float* h = slots.take<float>(e_.max_rows * count);
+        for (int64_t s = 0; s < scratch.strips.count; ++s) {
+            const int64_t from = scratch.strips.first(s), rows = scratch.strips.size(s);
+            copy_rows(e_, hidden.at(from, 0), rows, count, h, DType::f32, count);
+            for (int64_t r = 0; r < rows; ++r) {
+                const float* q = scratch.q[path.source] + (from + r) * lanes + lanes_.of_source[p];
+                for (int64_t j = 0; j < count; ++j) {
+                    h_sq[j] += h[r * count + j] * h[r * count + j];
+                    qh[j] += q[j] * h[r * count + j];
                 }
             }
         }
@@ -367,9 +369,9 @@ private:
         if (path.stats == nullptr) return;
         float h_sq = 0, qh = 0;
         for (int64_t block = 0; block < blocks_.count; ++block) {
-            const float* sums = partial_sums_ + 2 * (block * sums_width_ + sums_first(p) + j);
+            const float* sums = partial_sums_ + 2 * (block * sums_width_ + sums_first(p)) + j;
             h_sq += sums[0];
-            qh += sums[1];
+            qh += sums[path.rows];
         }
         float* stats = path.stats + j * num_stats_columns;
         stats[hidden_sq] = h_sq;
@@ -393,7 +395,7 @@ private:
     std::vector<uint32_t*> lora_B_;     // per output: [units(N)][lanes], lanes a multiple of a vector
     std::vector<float*> partial_A_;     // per source: [blocks][lanes][columns]
     std::vector<float*> partial_B_;     // per output: [blocks][lanes][N]
-    float* partial_sums_ = nullptr;     // [blocks][lanes of all outputs][h^2, q h]
+    float* partial_sums_ = nullptr;     // [blocks], in it of each path [h^2, q h][rows]
     int64_t sums_width_ = 0;
 };
 

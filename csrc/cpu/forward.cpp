@@ -64,7 +64,7 @@ public:
                 strip = dropped;
             }
             auto* h = slots.take<float>(rows * width);
-            low_rank_product(e_, strip, rows, lora_A_[key], width, e_.units(source.columns), h);
+            low_rank_product(e_, strip, rows, lora_A_[key], lanes_.source_width[key], e_.units(source.columns), h);
             for (size_t p = 0; p < g_.paths.size(); ++p) {
                 const Path& path = g_.paths[p];
                 if (path.source != static_cast<int>(key)) continue;
@@ -78,7 +78,7 @@ public:
         }
     }
 
-    void finish(Scratch&) {}
+    void finish(Scratch&, Slots) {}
 
     void columns(Scratch& scratch, int64_t part, int64_t parts, Slots slots) {
         const int width = e_.panel();
@@ -177,26 +177,26 @@ private:
         }
     }
 
-    void store_hidden(const Path& path, size_t p, const float* h, int64_t width, int64_t row, int64_t rows,
-                      float* staged) const {
-        const int64_t lane = lanes_.of_source[p], staged_width = lanes_.output_width[path.output];
-        for (int64_t i = 0; i < rows; ++i) {
-            float* to = staged + i * staged_width + lanes_.of_output[p];
-            const float* from = h + i * width + lane;
-            for (int64_t j = 0; j < path.rows; ++j) {
-                const float gate = path.gate[j];
-                to[j] = gate == 0.0f ? 0.0f : from[j] * g_.dropout_scale * (gate * path.scaling);
-            }
-            if (g_.hidden == nullptr) continue;
-            float scaled[64];
-            for (int64_t j = 0; j < path.rows; j += 64) {
-                const int64_t count = std::min<int64_t>(64, path.rows - j);
-                for (int64_t c = 0; c < count; ++c) scaled[c] = from[j + c] * g_.dropout_scale;
-                copy_row(e_, {scaled, DType::f32, 64}, count,
-                         static_cast<char*>(g_.hidden) +
-                             ((row + i) * g_.hidden_ld + path.hidden_column + j) * size_of(g_.dtype), g_.dtype);
+    // Rows of h, [rows][width] before dropout's scale: into hidden, and with scale and gate into the output's low-rank rows.
+    void store_hidden(const Path& path, size_t p, float* h, int64_t width, int64_t row, int64_t rows, float* staged) const {
+        const int64_t staged_width = lanes_.output_width[path.output];
+        h += lanes_.of_source[p];
+        if (g_.dropout) {
+            for (int64_t i = 0; i < rows; ++i) {
+                for (int64_t j = 0; j < path.rows; ++j) h[i * width + j] *= g_.dropout_scale;
             }
         }
+        for (int64_t i = 0; i < rows; ++i) {
+            float* to = staged + i * staged_width + lanes_.of_output[p];
+            for (int64_t j = 0; j < path.rows; ++j) {
+                const float gate = path.gate[j];
+                to[j] = gate == 0.0f ? 0.0f : h[i * width + j] * (gate * path.scaling);
+            }
+        }
+        if (g_.hidden == nullptr) return;
+        copy_rows(e_, {h, DType::f32, width}, rows, path.rows,
+                  static_cast<char*>(g_.hidden) + (row * g_.hidden_ld + path.hidden_column) * size_of(g_.dtype), g_.dtype,
+                  g_.hidden_ld);
     }
 
     Group& g_;

@@ -41,7 +41,13 @@ void outer_of(const Outer& o, float* out, int64_t out_ld) {
         for (int v = 0; v < 2; ++v) acc[j][v] = o.accumulate ? I::load(out + j * out_ld + v * W) : I::zero();
     }
     const uint32_t* coef = o.coef;
+    // Rows lie far apart, so that the hardware does not see what comes next: the same rows of the next columns.
+    const char* ahead = static_cast<const char*>(o.u.data) + 2 * W * size_of(D);
     for (int64_t row = 0; row < o.rows; row += Unit::unit) {
+        for (int i = 0; i < Unit::unit; ++i, ahead += o.u.ld * size_of(D)) {
+            __builtin_prefetch(ahead);
+            if constexpr (sizeof(typename Storage<D>::type) == 4) __builtin_prefetch(ahead + 64);
+        }
         U right[2];
         outer_units<I, Unit, D, KEEP>(o, row, right);
 #pragma GCC unroll 16

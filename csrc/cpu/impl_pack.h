@@ -6,27 +6,32 @@
 namespace hlk {
 namespace {
 
+// Vectors of a row between its read and its prefetch.
+constexpr int64_t pack_ahead = 4;
+
 template <class I, class Unit>
 void pack_rows(Matrix source, Keep keep, int64_t rows, int64_t depth, uint32_t* out, int64_t stride) {
     using U = typename I::U;
     constexpr int W = I::W;
     const int64_t units = (depth + Unit::unit - 1) / Unit::unit;
+    // Where units follow each other without a gap, whole vectors are stored: what is too much the next unit overwrites. Stores of
+    // a part of a vector cost several times as much. The last vectors must not touch what lies behind.
+    const int64_t spilling = rows == stride && rows < W ? units - (W + stride - 1) / stride : 0;
     for (int64_t row = 0; row < rows; row += W) {
         const int64_t here = rows - row < W ? rows - row : W;
         for (int64_t u = 0; u < units; u += W) {
             U block[W];
             for (int64_t i = 0; i < here; ++i) {
                 block[i] = Unit::along(source, row + i, u * Unit::unit, depth - u * Unit::unit, keep);
+                __builtin_prefetch(source.at(row + i, (u + pack_ahead * W) * Unit::unit).data);
             }
             for (int64_t i = here; i < W; ++i) block[i] = I::zero_units();
             I::transpose(block);
             const int64_t count = units - u < W ? units - u : W;
             uint32_t* to = out + u * stride + row;
-            if (here == W) {
-                for (int64_t i = 0; i < count; ++i) I::store_units(to + i * stride, block[i]);
-            } else {
-                for (int64_t i = 0; i < count; ++i) I::store_units(to + i * stride, block[i], here);
-            }
+            const int64_t whole = here == W ? count : spilling - u < 0 ? 0 : spilling - u < count ? spilling - u : count;
+            for (int64_t i = 0; i < whole; ++i) I::store_units(to + i * stride, block[i]);
+            for (int64_t i = whole; i < count; ++i) I::store_units(to + i * stride, block[i], here);
         }
     }
 }

@@ -12,6 +12,8 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
+#include <utility>
 
 namespace hlk {
 
@@ -114,6 +116,7 @@ struct Engine {
     int block_rows;  // of a block whose strips stay in the second cache of a core
     int row_step;    // rows of a strip and lanes of coefficients are padded to a multiple of this
     int unit_step;   // units of a contraction are padded to a multiple of this
+    bool half_tiles; // half a vector of columns costs half as much as a whole one
     // a strip of `rows` rows, padding included; rows whose contraction runs along the row
     void (*pack_strip)(Matrix source, Keep keep, int64_t rows, int64_t depth, uint32_t* out);
     // columns of a panel from rows whose contraction runs along the row: out[u * stride + row]

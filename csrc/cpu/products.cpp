@@ -104,13 +104,15 @@ void few_along_columns(const Engine& engine, const uint32_t* strip, int64_t rows
     engine.outer(outer);
 }
 
-void low_rank_product(const Engine& engine, const uint32_t* strip, int64_t rows, const uint32_t* panel, int64_t width,
+void low_rank_product(const Engine& engine, const uint32_t* strip, int64_t rows, const uint32_t* panel, int64_t lanes,
                       int64_t units, float* out) {
+    const int64_t width = round_up(lanes, engine.lanes);
     for (int64_t lane = 0; lane < width; lane += engine.panel()) {
         const Segment segment{strip, panel + lane, width, units};
+        const bool half = engine.half_tiles && lanes - lane <= engine.lanes / 2;
         Tile tile;
         tile.rows = static_cast<int>(rows);
-        tile.columns = static_cast<int>(std::min<int64_t>(engine.panel(), width - lane));
+        tile.columns = half ? engine.lanes / 2 : static_cast<int>(std::min<int64_t>(engine.panel(), width - lane));
         tile.vectors = tile.columns > engine.lanes ? 2 : 1;
         tile.segments = &segment;
         tile.num_segments = 1;
@@ -120,14 +122,16 @@ void low_rank_product(const Engine& engine, const uint32_t* strip, int64_t rows,
     }
 }
 
-void copy_row(const Engine& engine, Matrix from, int64_t count, void* to, DType dtype) {
-    for (int64_t c = 0; c < count; c += engine.panel()) {
+void copy_rows(const Engine& engine, Matrix from, int64_t rows, int64_t columns, void* to, DType dtype, int64_t ld) {
+    for (int64_t c = 0; c < columns; c += engine.panel()) {
         Tile tile;
-        tile.rows = 1;
-        tile.columns = static_cast<int>(std::min<int64_t>(engine.panel(), count - c));
+        tile.rows = static_cast<int>(rows);
+        tile.columns = static_cast<int>(std::min<int64_t>(engine.panel(), columns - c));
+        tile.vectors = tile.columns > engine.lanes ? 2 : 1;
         tile.base = from.at(0, c);
         tile.out = static_cast<char*>(to) + c * size_of(dtype);
         tile.out_dtype = dtype;
+        tile.out_ld = ld;
         engine.tile(tile);
     }
 }

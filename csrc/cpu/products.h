@@ -21,11 +21,12 @@ void few_along_rows(const Engine& engine, Matrix x, const uint32_t* x_panel, int
 void few_along_columns(const Engine& engine, const uint32_t* strip, int64_t rows, Matrix w, int64_t columns, int64_t depth,
                        float* out, int64_t out_ld, bool accumulate = false);
 
-// A strip times a narrow panel [units][width] into float32 [rows][width].
-void low_rank_product(const Engine& engine, const uint32_t* strip, int64_t rows, const uint32_t* panel, int64_t width,
+// A strip times a narrow panel [units][lanes rounded up to vectors] into float32 [rows][as many].
+void low_rank_product(const Engine& engine, const uint32_t* strip, int64_t rows, const uint32_t* panel, int64_t lanes,
                       int64_t units, float* out);
 
-// A row in another dtype, by tiles without segments: the engine's own conversion and rounding.
-void copy_row(const Engine& engine, Matrix from, int64_t count, void* to, DType dtype);
+
+// A strip's rows in another dtype, by tiles without segments: the engine's own conversion and rounding.
+void copy_rows(const Engine& engine, Matrix from, int64_t rows, int64_t columns, void* to, DType dtype, int64_t ld);
 
 }  // namespace hlk

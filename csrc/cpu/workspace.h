@@ -155,16 +155,17 @@ inline int64_t work_of(const Group& g) {
 // Runs the blocks of a call. With at least as many blocks as threads, a thread takes a block through all stages while it is
 // in its cache; with fewer, the stages are shared out by strip and by column instead. The numbers are the same.
 //
-// Work has: Scratch make(Slots&, block), strip(Scratch&, s), finish(Scratch&), columns(Scratch&, part, parts).
+// Work has: Scratch make(Slots&, block), strip(Scratch&, s, Slots), finish(Scratch&, Slots),
+// columns(Scratch&, part, parts, Slots).
 template <class Work>
 void run_blocks(Work& work, const Engine& engine, const Blocks& blocks, Slots& shared, const Parallel& parallel) {
     if (blocks.count >= parallel.threads) {
         parallel.run(blocks.count, [&](int64_t block) {
             EngineScope scope(engine);
-        Slots slots(worker_arena());
+            Slots slots(worker_arena());
             auto scratch = work.make(slots, block);
             for (int64_t s = 0; s < Strips(engine, blocks.size(block), engine.max_rows).count; ++s) work.strip(scratch, s, slots);
-            work.finish(scratch);
+            work.finish(scratch, slots);
             work.columns(scratch, 0, 1, slots);
             worker_arena().trim();
         });
@@ -182,7 +183,7 @@ void run_blocks(Work& work, const Engine& engine, const Blocks& blocks, Slots& s
         work.strip(scratches[strips[i].first], strips[i].second, slots);
         worker_arena().trim();
     });
-    for (auto& scratch : scratches) work.finish(scratch);
+    for (auto& scratch : scratches) work.finish(scratch, shared);
     const int64_t parts = 4 * parallel.threads;
     parallel.run(blocks.count * parts, [&](int64_t i) {
         EngineScope scope(engine);
