@@ -19,6 +19,11 @@ from torch.autograd.function import once_differentiable
 from heterolora_kernels.ops.schema import NAMESPACE, Flags, Needs, hidden_offsets, mask_offsets, rank_offsets
 
 
+# As plain numbers: an IntFlag's operators cost a microsecond each, in every call.
+_SAVE, _SAVE_STATISTICS = int(Flags.SAVE), int(Flags.SAVE | Flags.STATISTICS)
+_X, _SOURCES, _LORA_A, _LORA_B, _STATISTICS = map(int, (Needs.X, Needs.SOURCES, Needs.LORA_A, Needs.LORA_B, Needs.STATISTICS))
+
+
 def _split(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[list[Tensor]]:
     lists, first = [], 0
     for count in counts:
@@ -65,11 +70,8 @@ class _LoraOp(torch.autograd.Function):
         needs_probe, needs_x = ctx.needs_input_grad[7], ctx.needs_input_grad[8]
         needs_bases, _, needs_biases, needs_sources, needs_A, needs_B = _split(
             ctx.needs_input_grad[13:], (n_bases, n_packs, n_biases, n_sources, n_paths, n_paths))
-        needs = Needs.NONE
-        for asked, need in ((needs_x, Needs.X), (any(needs_sources), Needs.SOURCES), (any(needs_A), Needs.LORA_A),
-                            (any(needs_B), Needs.LORA_B), (needs_probe, Needs.STATISTICS)):
-            if asked:
-                needs |= need
+        needs = (needs_x * _X | any(needs_sources) * _SOURCES | any(needs_A) * _LORA_A | any(needs_B) * _LORA_B
+                 | needs_probe * _STATISTICS)
         used = [i for i, grad in enumerate(grad_outs) if grad is not None]
         if not used:
             return (None,) * len(ctx.needs_input_grad)
@@ -79,7 +81,7 @@ class _LoraOp(torch.autograd.Function):
         base_lists = (part.bases,) if ctx.op == "lora_delta" else (part.bases, part.packs, part.biases)
         grad_x, grad_sources, grad_A, grad_B, stats = _op(f"{ctx.op}_backward", ctx.backend)(
             [grad_outs[i] for i in used], x, *base_lists, part.sources, part.lora_A, part.lora_B, part.scaling, part.gate,
-            part.active, rng, part.path_output, part.path_source, ctx.dropout_p, ctx.flags, part.hidden, part.mask, int(needs))
+            part.active, rng, part.path_output, part.path_source, ctx.dropout_p, ctx.flags, part.hidden, part.mask, needs)
         if part is not call:
             grad_sources, grad_A, grad_B, stats = part.spread(call, grad_sources, grad_A, grad_B, stats)
         if ctx.op == "lora_delta":
@@ -162,7 +164,7 @@ def _call(op: str, backend: str, x: Tensor, bases: Sequence[Tensor], packs: Sequ
         base_lists = (bases,) if op == "lora_delta" else (bases, packs, biases)
         return _op(op, backend)(x, *base_lists, sources, lora_A, lora_B, scaling, gate, active, rng, path_output,
                                 path_source, dropout_p, 0)[0]
-    flags = int(Flags.SAVE | (Flags.STATISTICS if probe is not None else Flags.NONE))
+    flags = _SAVE if probe is None else _SAVE_STATISTICS
     counts = (len(bases), len(packs), len(biases), len(sources), len(lora_A))
     return list(_LoraOp.apply(op, backend, counts, tuple(path_output), tuple(path_source), dropout_p, flags, probe, x,
                               scaling, gate, active, rng, *tensors))
