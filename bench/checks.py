@@ -43,9 +43,11 @@ def check(actual: Results, truth: Results, usual: Results, dtype: torch.dtype, *
         _compare(f"gradient of {name}", grad, truth.grads[name], usual.grads[name], dtype, factors[1])
     if actual.statistics is None:
         return
+    # Sums of a few ranks, in float32 whatever x is: PyTorch is exact by luck more often than over a matrix.
+    slack = 8.0 if dtype == torch.float32 else 1.0
     found, exact, plain = (columns_of(results.statistics) for results in (actual, truth, usual))
     for name in found:
-        _compare(f"statistic {name}", found[name], exact[name], plain[name], dtype, 3 * tolerance, slack=1.0)
+        _compare(f"statistic {name}", found[name], exact[name], plain[name], dtype, 3 * tolerance, slack)
 
 
 def _same_names(what: str, found, expected) -> None:

@@ -46,7 +46,7 @@ def pytest_generate_tests(metafunc):
     backend, others = _backends(metafunc.config)
     quick, held = metafunc.config.option.quick, os.environ.get("HETEROLORA_CPU_ISA")
     if "case" in metafunc.fixturenames:
-        cases = list(isa_cases(backend, quick) if held else linear_cases(backend, others, quick))
+        cases = list(isa_cases(backend, quick, held) if held else linear_cases(backend, others, quick))
         metafunc.parametrize("case", cases, ids=[case.id for case in cases])
     if "step_case" in metafunc.fixturenames:
         cases = [] if held else list(step_cases(backend, quick))

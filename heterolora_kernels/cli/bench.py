@@ -265,18 +265,17 @@ class Limit:
     bound: float
     where: Mapping[str, object]
 
-    def values(self, rows: Iterable[Mapping]) -> list[float]:
-        """The ratio in every case it is about."""
+    def about(self, rows: Iterable[Mapping]) -> list[Mapping]:
+        """The rows in which the ratio was measured."""
         def meant(row: Mapping) -> bool:
             wanted = ((name, value if isinstance(value, tuple) else (value,)) for name, value in self.where.items())
             return row["block"] == self.block and all(row.get(name) in values for name, values in wanted)
 
-        found = [ratio_of(row, *self.ratio) for row in rows if meant(row)]
-        return [value for value in found if value is not None]
+        return [row for row in rows if meant(row) and ratio_of(row, *self.ratio) is not None]
 
     def reached(self, rows: Iterable[Mapping]) -> float | None:
         """The number, None where nothing of it was measured."""
-        values = self.values(rows)
+        values = [ratio_of(row, *self.ratio) for row in self.about(rows)]
         if not values:
             return None
         return geometric_mean(values) if self.join == "mean" else max(values) if self.sense == "<=" else min(values)
@@ -398,7 +397,8 @@ def _promises(found: Mapping) -> list[list[str]]:
     for limit in limits(found["machine"]):
         value = limit.reached(rows)
         if value is not None:
-            verdict = "" if limit.holds(value) else "missed"
+            alone = all(row["others"] < _ALONE for row in limit.about(rows))
+            verdict = "not alone" if not alone else "" if limit.holds(value) else "missed"
             table.append([limit.title, f"{limit.sense} {limit.bound:.2f}", f"{value:.2f}", verdict])
     return table
 
