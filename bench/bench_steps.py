@@ -13,7 +13,7 @@ def test_step(benchmark, step_case, about, options):
     try:
         for contender in contenders:
             contender.start()
-        measured = interleave(benchmark, contenders, step_case.mode, 4.0 if options.quick else 10.0, max_rounds=25)
+        measured = interleave(benchmark, contenders, step_case.mode, 4.0 if options.quick else 7.0, max_rounds=25)
     finally:
         for contender in contenders:
             contender.close()

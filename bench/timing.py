@@ -17,8 +17,8 @@ import torch
 #: A sample is at least this long; short calls are repeated within it.
 _SAMPLE_SECONDS = 5e-4
 _MAX_CALLS = 50
-#: Of calls as slow as this a second warm-up changes nothing that would be seen.
-_SLOW_SECONDS = 0.05
+#: Of calls as slow as this a second warm-up changes nothing that would be seen, and takes long.
+_SLOW_SECONDS = 0.15
 _MAX_ROUNDS = 200
 _MIN_ROUNDS = 5
 
@@ -55,11 +55,12 @@ def interleave(benchmark, contenders: Sequence, mode: str, seconds: float, max_r
     """
     subject, *baselines = contenders
     first = [_seconds(take_sample(contender, mode, 1)) for contender in contenders]
+    calls, spent = 1, sum(first)
     if max(first) < _SLOW_SECONDS:
         first = [_seconds(take_sample(contender, mode, 1)) for contender in contenders]
-    calls = min(_MAX_CALLS, max(1, round(_SAMPLE_SECONDS / min(first))))
-    # Again, now that code and data are warm.
-    spent = sum(_seconds(take_sample(contender, mode, calls)) * calls for contender in contenders)
+        calls = min(_MAX_CALLS, max(1, round(_SAMPLE_SECONDS / min(first))))
+        # Again, now that code and data are warm.
+        spent = sum(_seconds(take_sample(contender, mode, calls)) * calls for contender in contenders)
     rounds = max(_MIN_ROUNDS, min(max_rounds, round(seconds / spent)))
     samples: dict[str, list[dict[str, float]]] = {contender.name: [] for contender in contenders}
 

@@ -1,7 +1,7 @@
 """Whole training steps: forward, backward and AdamW of a model with LoRA on all its linears, random weights.
 
 - ``encoder``: the shape of MiniLM-L6, the demo's model, on 16 sequences of 64 tokens, which is the demo's longest batch.
-- ``decoder``: the shape of SmolLM-135M, on 4 sequences of 256 tokens. The vocabulary is cut from 49152 to 4096, so that the head,
+- ``decoder``: the shape of SmolLM-135M, on 3 sequences of 256 tokens. The vocabulary is cut from 49152 to 4096, so that the head,
   which LoRA leaves alone, does not hide the layers.
 - ``demo``: the encoder as the demo trains it: float32, shortcuts, dynamic search. The median step is one between reallocations,
   in which no statistics are collected.
@@ -26,7 +26,7 @@ RANK, ALPHA = 8, 16
 _TARGETS = {"encoder": ["query", "key", "value", "dense"],
             "decoder": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
 #: Sequences and tokens of a batch.
-BATCHES = {"encoder": (16, 64), "decoder": (4, 256)}
+BATCHES = {"encoder": (16, 64), "decoder": (3, 256)}
 
 
 @dataclass(frozen=True)
