@@ -65,14 +65,17 @@ class Path:
         """``"lora"`` or ``"shortcut"``."""
         return "lora" if self.site is None else "shortcut"
 
-    # Not holder.lora_A: nn.Module's attribute look-up costs as much as a small matmul, in each call of each path.
+    # Not holder.lora_A first: nn.Module's attribute look-up costs as much as a small matmul, in each call of each path. FSDP has a
+    # plain attribute there while the module runs.
     @property
     def lora_A(self) -> Tensor:
-        return self.holder._parameters["lora_A"]
+        found = self.holder._parameters.get("lora_A")
+        return self.holder.lora_A if found is None else found
 
     @property
     def lora_B(self) -> Tensor:
-        return self.holder._parameters["lora_B"]
+        found = self.holder._parameters.get("lora_B")
+        return self.holder.lora_B if found is None else found
 
     @property
     def mask(self) -> Tensor:

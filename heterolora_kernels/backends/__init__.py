@@ -104,8 +104,12 @@ def resolve(device: torch.device, backend: str | None = None, dtype: torch.dtype
         dtype: of x; None asks for none in particular. A chosen backend that does not take it raises a TypeError.
     """
     name = backend if backend is not None else _chosen[0]
-    if name is None:
-        return _automatic(device.type, dtype)
+    return _automatic(device.type, dtype) if name is None else _named(name, device, dtype)
+
+
+@torch.compiler.assume_constant_result
+def _named(name: str, device: torch.device, dtype: torch.dtype | None) -> str:
+    """A backend that was asked for, loaded; under torch.compile while tracing, as :func:`_automatic`."""
     found = _require(name)
     if not found.takes(device.type):
         raise RuntimeError(f"backend {name!r} takes tensors on {list(found.device_types)}, got {device}")
