@@ -124,7 +124,7 @@ class HeteroLoraConfig:
         pack: copies of frozen weights in the order in which a backend's kernels read them: ``"auto"`` (up to a quarter of the
             memory that is free at the first forward), ``"copy"`` (all of them) or ``"off"`` (packed anew in each call).
         sites: ``{class name: Site}`` for layers that are not in the table of :mod:`heterolora_kernels.sites`.
-        group: ``"auto"``: linears that read the same x (q, k and v; gate and up) run as one op where that can be done;
+        group: ``"auto"``: linears that read the same x (q, k and v; gate and up) run as one op where that is faster;
             ``"off"``: each by itself. Outputs and the gradients of a linear's own parameters are the same bits; the gradient of
             x is rounded once instead of once for each linear.
         init_from: folder of a PEFT LoRA adapter to start from; targets, ranks and scalings of the LoRA paths are then its own.

@@ -99,6 +99,7 @@ class LinearGroup:
         self.members = tuple(members)
         self.linears: list[nn.Module] = []
         self._own_hooks: list[int] = []
+        self._is_wide = False
         self.derived = None
         self._turn: Turn | None = None
         self._surroundings: tuple | None = None
@@ -113,6 +114,7 @@ class LinearGroup:
             own_hooks: how many of each linear's forward pre-hooks are those that capture sources.
         """
         self.linears, self._own_hooks = list(linears), list(own_hooks)
+        self._is_wide = any(linear.out_features > linear.in_features for linear in self.linears)
 
     def open(self) -> None:
         """The layer's forward begins."""
@@ -149,6 +151,10 @@ class LinearGroup:
     def may_run(self, turn: Turn, linear: nn.Module, x: Tensor) -> bool:
         """Whether the members can run as one op now, ``linear`` being the first that is called with x."""
         if not self.linears or len(turn.called) > 1:
+            return False
+        # What one op saves is mostly in the gradient of x. Without a backward the weights of wide linears, which take turns in the
+        # caches then, cost more: 1 to 20 % on the CPU (gate and up of 576 x 1536, float32).
+        if self._is_wide and not torch.is_grad_enabled():
             return False
         # Writes to x between the calls would not be seen: an inference tensor counts none, nor does a traced one.
         unseen = torch.compiler.is_compiling() or x.is_inference()

@@ -584,6 +584,16 @@ def test_a_group_of_meta_tensors_runs_alone(ops):
     assert ops == [1, 1, 1]
 
 
+def test_wide_linears_run_as_one_only_before_a_backward(ops):
+    model = make_patched("llama", shortcuts=())
+    with torch.no_grad():
+        expected = model(**make_inputs()).logits
+    assert sorted(ops) == sorted(LAYERS * [3, 1, 1, 1, 1])
+    ops.clear()
+    assert torch.equal(model(**make_inputs()).logits, expected)
+    assert sorted(ops) == sorted(LAYERS * [3, 1, 2, 1])
+
+
 def test_off_changes_no_layer_and_is_checked():
     model = make_layer(group="off")
     assert "_heterolora" not in model[0].__dict__ and state_of(model).layers == []
