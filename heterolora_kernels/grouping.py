@@ -152,8 +152,8 @@ class LinearGroup:
         """Whether the members can run as one op now, ``linear`` being the first that is called with x."""
         if not self.linears or len(turn.called) > 1:
             return False
-        # What one op saves is mostly in the gradient of x. Without a backward the weights of wide linears, which take turns in the
-        # caches then, cost more: 1 to 20 % on the CPU (gate and up of 576 x 1536, float32).
+        # What one op saves is mostly in the gradient of x. Without a backward the weights of wide linears, which take turns in
+        # the caches then, cost more: 1 to 20 % on the CPU (gate and up of 576 x 1536, float32).
         if self._is_wide and not torch.is_grad_enabled():
             return False
         # Writes to x between the calls would not be seen: an inference tensor counts none, nor does a traced one.

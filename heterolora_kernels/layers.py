@@ -65,8 +65,8 @@ class Path:
         """``"lora"`` or ``"shortcut"``."""
         return "lora" if self.site is None else "shortcut"
 
-    # Not holder.lora_A first: nn.Module's attribute look-up costs as much as a small matmul, in each call of each path. FSDP has a
-    # plain attribute there while the module runs.
+    # Not holder.lora_A first: nn.Module's attribute look-up costs as much as a small matmul, in each call of each path. FSDP
+    # has a plain attribute there while the module runs.
     @property
     def lora_A(self) -> Tensor:
         found = self.holder._parameters.get("lora_A")
