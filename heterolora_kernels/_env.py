@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -17,6 +18,30 @@ def cache_dir() -> Path:
 def cpu_isa() -> str | None:
     """Instruction set that the CPU backend must use: ``HETEROLORA_CPU_ISA``; None leaves the choice to it."""
     return os.environ.get("HETEROLORA_CPU_ISA") or None
+
+
+def triton_interprets() -> bool:
+    """Whether ``TRITON_INTERPRET`` asks Triton to run kernels in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def triton_not_installed() -> str | None:
+    """Why Triton kernels cannot even be compiled here, in one line; None where they can."""
+    return None if importlib.util.find_spec("triton") else "triton is not installed; on Linux: pip install triton"
+
+
+def triton_missing() -> str | None:
+    """Why Triton kernels cannot run here, in one line; None where they can."""
+    if reason := triton_not_installed():
+        return reason
+    if triton_interprets():
+        return None
+    if torch.version.hip is not None:
+        return "its kernels are made for CUDA, and torch is built for ROCm"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    return None if major >= 8 else f"it needs compute capability 8.0 or later, the device has {major}.{minor}"
 
 
 def available_memory(device: torch.device) -> int | None:

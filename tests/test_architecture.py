@@ -12,14 +12,16 @@ PACKAGE = Path(__file__).resolve().parent.parent / "heterolora_kernels"
 ROWS = [
     ["_env", "_version"],
     ["ops.ledger", "ops.rng", "ops.schema", "ops.autograd", "config", "names", "files"],
-    ["backends", "backends.reference", "backends.cpu"],
+    ["backends", "backends.reference", "backends.cpu", "backends.triton.plan", "backends.triton.configs", "backends.triton.device",
+     "backends.triton.forward", "backends.triton.backward", "backends.triton.finalize", "backends.triton.launch",
+     "backends.triton.group", "backends.triton", "backends.triton.builds"],
     ["functional"],
     ["instances", "grouping", "packing", "sites", "layers", "proxies", "allocation"],
     ["freezing", "distributed", "planning", "peft_format", "patching"],
     ["history", "plotting", "scoring", "synflow", "alpha_test", "search", "save_and_load"],
     ["callback"],
     ["cli.options", "cli.data", "cli.plot", "cli.run_folder", "cli.demo", "cli.train", "cli.search", "cli.info", "cli.export",
-     "cli.bench", "cli", "", "__main__"],
+     "cli.bench", "cli.compile", "cli", "", "__main__"],
 ]
 PLACE = {name: (level, column) for level, row in enumerate(ROWS) for column, name in enumerate(row)}
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from heterolora_kernels import _env
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -25,6 +27,7 @@ class Backend:
         device_types: ``torch.device.type`` of the tensors it takes; empty for any.
         why_unavailable: returns None where it can run, else the reason in one line.
         dtypes: those of x; empty for any.
+        on_request: further device types, taken where the backend is asked for by name and never chosen for.
     """
 
     name: str
@@ -32,6 +35,7 @@ class Backend:
     device_types: tuple[str, ...] = ()
     why_unavailable: Callable[[], str | None] = lambda: None
     dtypes: tuple[torch.dtype, ...] = ()
+    on_request: Callable[[], tuple[str, ...]] = lambda: ()
 
     def takes(self, device_type: str, dtype: torch.dtype | None = None) -> bool:
         """Whether it can compute on a kind of device, and with a dtype of x (None: any)."""
@@ -111,9 +115,10 @@ def resolve(device: torch.device, backend: str | None = None, dtype: torch.dtype
 def _named(name: str, device: torch.device, dtype: torch.dtype | None) -> str:
     """A backend that was asked for, loaded; under torch.compile while tracing, as :func:`_automatic`."""
     found = _require(name)
-    if not found.takes(device.type):
+    is_requested = device.type in found.on_request()
+    if not is_requested and not found.takes(device.type):
         raise RuntimeError(f"backend {name!r} takes tensors on {list(found.device_types)}, got {device}")
-    if not found.takes(device.type, dtype):
+    if not found.takes(found.device_types[0] if is_requested else device.type, dtype):
         raise TypeError(f"backend {name!r} takes x of {[str(d) for d in found.dtypes]}, got {dtype}")
     _load(found.name)
     return found.name
@@ -170,3 +175,5 @@ def _cpu_missing() -> str | None:
 register_backend(Backend("reference", "heterolora_kernels.backends.reference"))
 register_backend(Backend("cpu", "heterolora_kernels.backends.cpu", ("cpu",), _cpu_missing,
                          (torch.float32, torch.bfloat16, torch.float16)))
+register_backend(Backend("triton", "heterolora_kernels.backends.triton", ("cuda",), _env.triton_missing,
+                         (torch.float32, torch.bfloat16, torch.float16), lambda: ("cpu",) if _env.triton_interprets() else ()))

@@ -18,6 +18,7 @@ COMMANDS = {
     "plot": "draw what a run did",
     "info": "what runs here, and what a model would get",
     "bench": "measure the kernels against the frozen linear and PEFT",
+    "compile": "compile the GPU kernels ahead of time, without a GPU, and report on each build",
     "export": "write an adapter for PEFT, vLLM, or merged into the model",
 }
 
