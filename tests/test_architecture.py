@@ -12,9 +12,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "heterolora_kernels"
 ROWS = [
     ["_env", "_version"],
     ["ops.ledger", "ops.rng", "ops.schema", "ops.autograd", "config", "names", "files"],
-    ["backends", "backends.reference", "backends.cpu", "backends.triton.plan", "backends.triton.configs", "backends.triton.device",
-     "backends.triton.forward", "backends.triton.backward", "backends.triton.finalize", "backends.triton.launch",
-     "backends.triton.group", "backends.triton", "backends.triton.builds"],
+    ["backends", "backends.reference", "backends.cpu", "backends.triton.plan", "backends.triton.configs",
+     "backends.triton.device", "backends.triton.forward", "backends.triton.backward", "backends.triton.finalize",
+     "backends.triton.launch", "backends.triton.group", "backends.triton", "backends.triton.builds"],
     ["functional"],
     ["instances", "grouping", "packing", "sites", "layers", "proxies", "allocation"],
     ["freezing", "distributed", "planning", "peft_format", "patching"],

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from heterolora_kernels.ops import ledger
 from heterolora_kernels.ops import rng as dropout
-from heterolora_kernels.ops.ledger import NUM_COLUMNS, row_statistics
+from heterolora_kernels.ops.ledger import NUM_COLUMNS
 from heterolora_kernels.ops.schema import (
     NAMESPACE,
     Flags,
@@ -141,7 +142,7 @@ def _backward_paths(grad_outs, grad_x, x, sources, lora_A, lora_B, scaling, gate
             if needs & Needs.LORA_B:
                 grad_B[p][:, :k] = _open_rows(open_rows * shadow_B, open_rows).to(b.dtype)
         if needs & Needs.STATISTICS:
-            stats[first_rows[p]:first_rows[p] + k] = row_statistics(
+            stats[first_rows[p]:first_rows[p] + k] = ledger.row_statistics(
                 a_rows, b_columns, shadow_A, shadow_B,
                 hidden_sq=h.square().sum(0), gate_grad=scale * (q * h).sum(0)).to(torch.float32)
         if needs & (Needs.X if key == -1 else Needs.SOURCES):
