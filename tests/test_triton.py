@@ -119,7 +119,7 @@ def test_table_ends_with_a_rule_for_everything(role):
     rules = TABLE[role]
     assert rules[-1]["when"] == {} and all(rule["when"] for rule in rules[:-1])
     for rule in rules:
-        assert set(rule["when"]) <= {"arch", "itemsize", "aligned", "tf32", "rows", "n", "k", "rank"}
+        assert set(rule["when"]) <= {"arch", "itemsize", "aligned", "tf32", "dropout", "rows", "n", "k", "rank"}
         for name, value in rule["use"].items():
             # Every tile is a power of two: Triton takes no other.
             assert value in ("two_pass", "one_pass", "cublas") if name == "variant" else (

@@ -3,8 +3,8 @@
 The table is a list of rules per role, tried in order; the first whose conditions hold gives the configuration. A condition
 is an inclusive range ``[low, high]`` (null: open) on ``rows`` (M), ``n`` (columns of the output), ``k`` (length of the sum) or
 ``rank`` (packed columns that meet in one accumulator), or a list of values of ``arch`` (compute capability as 80, 90, ...),
-``itemsize`` (bytes per element of x), ``aligned`` (whether every row begins at 16 bytes) and ``tf32`` (whether float32 may be
-rounded to it). The last rule of a role has no conditions: it is safe on GPUs that nobody has listed.
+``itemsize`` (bytes per element of x), ``aligned`` (whether every row begins at 16 bytes), ``tf32`` (whether float32 may be
+rounded to it) and ``dropout``. The last rule of a role has no conditions: it is safe on GPUs that nobody has listed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 #: How the base matmul and the low-rank part meet: two launches, hidden inside the K loop, or cuBLAS and an epilogue kernel.
 VARIANTS = ("two_pass", "one_pass", "cublas")
-_VALUES = ("arch", "itemsize", "aligned", "tf32")
+_VALUES = ("arch", "itemsize", "aligned", "tf32", "dropout")
 
 
 @functools.cache
@@ -27,17 +27,18 @@ def rules() -> dict[str, list[dict[str, Any]]]:
 
 
 @functools.lru_cache(maxsize=65536)
-def choose(role: str, arch: int | str, itemsize: int, aligned: bool, tf32: bool, rows: int, n: int, k: int, rank: int
-           ) -> dict[str, Any]:
+def choose(role: str, arch: int | str, itemsize: int, aligned: bool, tf32: bool, dropout: bool, rows: int, n: int, k: int,
+           rank: int) -> dict[str, Any]:
     """The configuration of a launch.
 
     Args:
         role: forward, hidden, q_grad_B, grad_x, grad_A, q_sum or finalize.
         arch: 80, 90, ...; "interpreter".
         itemsize: bytes per element of x.
-        aligned, tf32, rows, n, k, rank: as in the conditions of the table.
+        aligned, tf32, dropout, rows, n, k, rank: as in the conditions of the table.
     """
-    shape = {"arch": arch, "itemsize": itemsize, "aligned": aligned, "tf32": tf32, "rows": rows, "n": n, "k": k, "rank": rank}
+    shape = {"arch": arch, "itemsize": itemsize, "aligned": aligned, "tf32": tf32, "dropout": dropout, "rows": rows, "n": n, "k": k,
+             "rank": rank}
     return next(rule["use"] for rule in rules()[role] if _holds(rule["when"], shape))
 
 

@@ -59,7 +59,7 @@ class Group:
     def config(self, role: str, n: int, k: int, rank: int) -> dict:
         """The table's configuration of a role for this group."""
         return configs.choose(role, self.arch, self.x.element_size(), self.is_aligned, _precision(self.x.dtype) == "tf32",
-                              self.rows, n, k, rank)
+                              self.dropout_p > 0, self.rows, n, k, rank)
 
     def constants(self, *names: str) -> dict:
         """Those constexpr arguments that many kernels share and that the group settles."""
