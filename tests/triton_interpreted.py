@@ -319,6 +319,25 @@ def test_every_variant_equals_dense(case, variant, monkeypatch):
     assert (("delta", False) in launched) == (variant == "cublas")
 
 
+@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("case", [Case(m=70, k=48, outs=(72, 40), biases=(True, False), paths=((5, 0, -1), (9, 1, -1)), gates="mixed"),
+                                  Case(m=1, k=16, outs=(8,)), CASES["three_linears_four_paths"]],
+                         ids=["aligned", "one_row", "odd"])
+def test_persistent_programs_equal_dense(case, tma, monkeypatch):
+    choose = configs.choose
+    monkeypatch.setattr(configs, "choose", lambda role, *shape: {**choose(role, *shape), "persistent": True, "tma": tma,
+                                                                 "variant": "two_pass"}
+                        if role == "forward" else choose(role, *shape))
+    seen = []
+    run = launch.launch
+    monkeypatch.setattr(group, "launch", lambda kernel, role, grid, *rest, **kw: (seen.append((role, grid[0], kw.get("TMA"))),
+                                                                                  run(kernel, role, grid, *rest, **kw)))
+    check_against_dense(make(case))
+    programs, uses_tma = next((programs, uses) for role, programs, uses in seen if role == "forward")
+    assert programs <= launch.processors(DEVICE)
+    assert uses_tma == (tma and case is not CASES["three_linears_four_paths"])
+
+
 def test_sums_are_split_and_the_parts_are_used():
     inputs, seen = make(larger(CASES["one_path_dropout"])), {}
 

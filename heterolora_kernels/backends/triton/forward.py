@@ -93,8 +93,9 @@ def _lora_linear_forward_kernel(
     M, K, out_features, stride_xm, stride_wn, stride_wk, stride_hm8, strides_base,
     HAS_WEIGHT: tl.constexpr, HAS_BASE: tl.constexpr, BIAS_BITS: tl.constexpr, HAS_PATHS: tl.constexpr,
     ONE_PASS: tl.constexpr, STORES_HIDDEN: tl.constexpr, EVERY_ROW: tl.constexpr, EVEN_K: tl.constexpr,
-    ALIGNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, RANK_STEP: tl.constexpr,
+    ALIGNED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, RANK_STEP: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):
     """outs[i] = sum over paths of hidden_p (scaling_p gate_p B_p)^T  +  x W_i^T + bias_i  (or + base_i), stored once.
 
@@ -108,11 +109,42 @@ def _lora_linear_forward_kernel(
     lora_B[p]  [N_i, r_p]
     ========== ============== ===========================================================
 
-    A program owns one [BLOCK_M, BLOCK_N] tile of one output. The low-rank part comes first, so the accumulator of the K loop
-    begins with it; with ONE_PASS hidden takes shape beside the K loop and enters after it.
+    A program owns one [BLOCK_M, BLOCK_N] tile of one output, or with PERSISTENT every num_programs-th of them. The low-rank part comes
+    first, so the accumulator of the K loop begins with it; with ONE_PASS hidden takes shape beside the K loop and enters after it.
+    With TMA, x and W [N, K] contiguous in K are read through tensor descriptors (sm_90 and later).
     """
+    if PERSISTENT:
+        tiles = 0
+        for i in tl.static_range(len(out_features)):
+            tiles += tl.cdiv(M, BLOCK_M) * tl.cdiv(out_features[i], BLOCK_N)
+        for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+            _forward_tile(tile, outs, hidden_ptr, x_ptr, weights, biases, bases, lora_A, lora_B, scaling_ptr, gate_ptr,
+                          active_ptr, paths_ptr, columns_ptr, outputs_ptr, M, K, out_features, stride_xm, stride_wn,
+                          stride_wk, stride_hm8, strides_base, HAS_WEIGHT, HAS_BASE, BIAS_BITS, HAS_PATHS, ONE_PASS,
+                          STORES_HIDDEN, EVERY_ROW, EVEN_K, ALIGNED, TMA, PRECISION, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K,
+                          BLOCK_R, GROUP_M, RANK_STEP)
+    else:
+        _forward_tile(tl.program_id(0), outs, hidden_ptr, x_ptr, weights, biases, bases, lora_A, lora_B, scaling_ptr,
+                      gate_ptr, active_ptr, paths_ptr, columns_ptr, outputs_ptr, M, K, out_features, stride_xm, stride_wn,
+                      stride_wk, stride_hm8, strides_base, HAS_WEIGHT, HAS_BASE, BIAS_BITS, HAS_PATHS, ONE_PASS,
+                      STORES_HIDDEN, EVERY_ROW, EVEN_K, ALIGNED, TMA, PRECISION, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K,
+                      BLOCK_R, GROUP_M, RANK_STEP)
+
+
+@triton.jit
+def _forward_tile(
+    tile,
+    outs, hidden_ptr, x_ptr, weights, biases, bases, lora_A, lora_B, scaling_ptr, gate_ptr, active_ptr, paths_ptr,
+    columns_ptr, outputs_ptr,
+    M, K, out_features, stride_xm, stride_wn, stride_wk, stride_hm8, strides_base,
+    HAS_WEIGHT: tl.constexpr, HAS_BASE: tl.constexpr, BIAS_BITS: tl.constexpr, HAS_PATHS: tl.constexpr,
+    ONE_PASS: tl.constexpr, STORES_HIDDEN: tl.constexpr, EVERY_ROW: tl.constexpr, EVEN_K: tl.constexpr,
+    ALIGNED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, RANK_STEP: tl.constexpr,
+):
+    """One tile of _lora_linear_forward_kernel."""
     num_m = tl.cdiv(M, BLOCK_M)
-    module, tile = _tile_of_group(tl.program_id(0), out_features, num_m, BLOCK_N)
+    module, tile = _tile_of_group(tile, out_features, num_m, BLOCK_N)
     N = _pick(out_features, module)
     tile_m, tile_n = _grouped_order(tile, num_m, tl.cdiv(N, BLOCK_N), GROUP_M)
     offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -134,10 +166,18 @@ def _lora_linear_forward_kernel(
     if HAS_WEIGHT:
         w_ptr = _pick(weights, module)
         offs_k = tl.arange(0, BLOCK_K)
-        x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + offs_k[None, :]
-        w_ptrs = w_ptr + offs_n.to(tl.int64)[None, :] * stride_wn + offs_k.to(tl.int64)[:, None] * stride_wk
+        if TMA:
+            x_rows = tl.make_tensor_descriptor(x_ptr, [M, K], [stride_xm, 1], [BLOCK_M, BLOCK_K])
+            w_rows = tl.make_tensor_descriptor(w_ptr, [N, K], [stride_wn, 1], [BLOCK_N, BLOCK_K])
+        else:
+            x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + offs_k[None, :]
+            w_ptrs = w_ptr + offs_n.to(tl.int64)[None, :] * stride_wn + offs_k.to(tl.int64)[:, None] * stride_wk
         for first_k in range(0, K, BLOCK_K):
-            if EVEN_K:
+            if TMA:
+                # What lies outside the descriptors' shapes reads as 0.
+                x_tile = x_rows.load([tile_m * BLOCK_M, first_k])
+                w_tile = tl.trans(w_rows.load([tile_n * BLOCK_N, first_k]))
+            elif EVEN_K:
                 x_tile = tl.load(x_ptrs, mask=m_mask[:, None], other=0.0)
                 w_tile = tl.load(w_ptrs, mask=n_mask[None, :], other=0.0)
             else:
@@ -150,8 +190,9 @@ def _lora_linear_forward_kernel(
                 a_tile = _cast(tl.load(a_ptrs, mask=a_mask, other=0.0), x_tile.dtype, UPCAST)
                 h_acc = tl.dot(_operand(x_tile, UPCAST), _operand(a_tile, UPCAST), h_acc, input_precision=PRECISION)
                 a_ptrs += BLOCK_K
-            x_ptrs += BLOCK_K
-            w_ptrs += BLOCK_K * stride_wk
+            if not TMA:
+                x_ptrs += BLOCK_K
+                w_ptrs += BLOCK_K * stride_wk
     if ONE_PASS:
         gate_ptrs = gate_ptr + tl.load(records + 4, mask=is_computed, other=0)
         gate = tl.load(gate_ptrs, mask=is_computed, other=0.0)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from heterolora_kernels.backends.triton import backward, configs, finalize, forward
-from heterolora_kernels.backends.triton.launch import architecture, launch
+from heterolora_kernels.backends.triton.launch import architecture, launch, processors
 from heterolora_kernels.backends.triton.plan import Plan, Structure, plan_of
 from heterolora_kernels.ops import rng as dropout
 from heterolora_kernels.ops.ledger import COLUMNS, NUM_COLUMNS
@@ -166,13 +166,16 @@ def _run_linear(group: Group, config: dict, outs: Sequence[Tensor], hidden: Tens
     has_weight, nothing = not bases, (x,)
     num_m = _cdiv(group.rows, config["BLOCK_M"])
     tiles = num_m * sum(_cdiv(n, config["BLOCK_N"]) for n in group.out_features)
-    launch(forward._lora_linear_forward_kernel, "forward" if has_weight else "delta", (tiles,), x.device, config,
+    uses_tma = bool(config.get("tma")) and has_weight and not is_one_pass and group.is_aligned and stride_wk == 1
+    is_persistent = bool(config.get("persistent")) and has_weight and not is_one_pass
+    programs = min(tiles, processors(x.device)) if is_persistent else tiles
+    launch(forward._lora_linear_forward_kernel, "forward" if has_weight else "delta", (programs,), x.device, config,
            tuple(outs), hidden, x, weights, tuple(biases) or nothing, tuple(bases) or nothing, group.lora_A or nothing,
            group.lora_B or nothing, group.scaling, group.gate, group.active, plan.output_paths, plan.output_columns,
            plan.outputs, group.rows, x.shape[1], group.out_features, _row_stride(x), stride_wn, stride_wk, plan.H // 8,
            tuple(_row_stride(base) for base in bases) or (0,), HAS_WEIGHT=has_weight, HAS_BASE=not has_weight,
            BIAS_BITS=sum(1 << i for i, bias in enumerate(biases) if bias.numel() > 0), HAS_PATHS=plan.H > 0, ONE_PASS=is_one_pass,
-           STORES_HIDDEN=is_one_pass and saves, EVEN_K=x.shape[1] % config["BLOCK_K"] == 0,
+           STORES_HIDDEN=is_one_pass and saves, EVEN_K=x.shape[1] % config["BLOCK_K"] == 0, TMA=uses_tma, PERSISTENT=is_persistent,
            **group.constants(*_MATMUL, "ALIGNED"))
 
 

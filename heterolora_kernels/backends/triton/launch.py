@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import triton
 
 from heterolora_kernels import _env
 
@@ -32,6 +34,8 @@ def launch(kernel: Any, role: str, grid: tuple[int, ...], device: torch.device, 
         _interceptor[0](kernel, role, grid, arguments, {**constants, **taken}, options)
         return
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        if constants.get("TMA"):
+            triton.set_allocator(_scratch)
         kernel[grid](*arguments, **constants, **taken, **options)
 
 
@@ -58,3 +62,14 @@ def architecture(device: torch.device) -> int | str:
         return "interpreter"
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Programs of a persistent launch: one per multiprocessor; few where there is none, so that each takes several tiles."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    """Memory for the tensor descriptors that a kernel makes, from torch's allocator."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
