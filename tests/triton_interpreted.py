@@ -320,8 +320,8 @@ def test_every_variant_equals_dense(case, variant, monkeypatch):
 
 
 @pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
-@pytest.mark.parametrize("case", [Case(m=70, k=48, outs=(72, 40), biases=(True, False), paths=((5, 0, -1), (9, 1, -1)), gates="mixed"),
-                                  Case(m=1, k=16, outs=(8,)), CASES["three_linears_four_paths"]],
+@pytest.mark.parametrize("case", [Case(m=70, k=48, outs=(72, 40), biases=(True, False), paths=((5, 0, -1), (9, 1, -1)),
+                                       gates="mixed"), Case(m=1, k=16, outs=(8,)), CASES["three_linears_four_paths"]],
                          ids=["aligned", "one_row", "odd"])
 def test_persistent_programs_equal_dense(case, tma, monkeypatch):
     choose = configs.choose

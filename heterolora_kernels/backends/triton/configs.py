@@ -5,6 +5,9 @@ is an inclusive range ``[low, high]`` (null: open) on ``rows`` (M), ``n`` (colum
 ``rank`` (packed columns that meet in one accumulator), or a list of values of ``arch`` (compute capability as 80, 90, ...),
 ``itemsize`` (bytes per element of x), ``aligned`` (whether every row begins at 16 bytes), ``tf32`` (whether float32 may be
 rounded to it) and ``dropout``. The last rule of a role has no conditions: it is safe on GPUs that nobody has listed.
+
+In a configuration upper-case names are the kernel's tiles; ``persistent`` and ``tma`` ask for those forms of the fused linear
+where the call allows them.
 """
 
 from __future__ import annotations
@@ -37,8 +40,8 @@ def choose(role: str, arch: int | str, itemsize: int, aligned: bool, tf32: bool,
         itemsize: bytes per element of x.
         aligned, tf32, dropout, rows, n, k, rank: as in the conditions of the table.
     """
-    shape = {"arch": arch, "itemsize": itemsize, "aligned": aligned, "tf32": tf32, "dropout": dropout, "rows": rows, "n": n, "k": k,
-             "rank": rank}
+    shape = {"arch": arch, "itemsize": itemsize, "aligned": aligned, "tf32": tf32, "dropout": dropout, "rows": rows, "n": n,
+             "k": k, "rank": rank}
     return next(rule["use"] for rule in rules()[role] if _holds(rule["when"], shape))
 
 

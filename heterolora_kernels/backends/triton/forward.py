@@ -109,9 +109,9 @@ def _lora_linear_forward_kernel(
     lora_B[p]  [N_i, r_p]
     ========== ============== ===========================================================
 
-    A program owns one [BLOCK_M, BLOCK_N] tile of one output, or with PERSISTENT every num_programs-th of them. The low-rank part comes
-    first, so the accumulator of the K loop begins with it; with ONE_PASS hidden takes shape beside the K loop and enters after it.
-    With TMA, x and W [N, K] contiguous in K are read through tensor descriptors (sm_90 and later).
+    A program owns one [BLOCK_M, BLOCK_N] tile of one output, or with PERSISTENT every num_programs-th of them. The low-rank part
+    comes first, so the accumulator of the K loop begins with it; with ONE_PASS hidden takes shape beside the K loop and enters
+    after it. With TMA, x and weights contiguous in K are read through tensor descriptors (sm_90 and later).
     """
     if PERSISTENT:
         tiles = 0

@@ -175,8 +175,8 @@ def _run_linear(group: Group, config: dict, outs: Sequence[Tensor], hidden: Tens
            plan.outputs, group.rows, x.shape[1], group.out_features, _row_stride(x), stride_wn, stride_wk, plan.H // 8,
            tuple(_row_stride(base) for base in bases) or (0,), HAS_WEIGHT=has_weight, HAS_BASE=not has_weight,
            BIAS_BITS=sum(1 << i for i, bias in enumerate(biases) if bias.numel() > 0), HAS_PATHS=plan.H > 0, ONE_PASS=is_one_pass,
-           STORES_HIDDEN=is_one_pass and saves, EVEN_K=x.shape[1] % config["BLOCK_K"] == 0, TMA=uses_tma, PERSISTENT=is_persistent,
-           **group.constants(*_MATMUL, "ALIGNED"))
+           STORES_HIDDEN=is_one_pass and saves, EVEN_K=x.shape[1] % config["BLOCK_K"] == 0, TMA=uses_tma,
+           PERSISTENT=is_persistent, **group.constants(*_MATMUL, "ALIGNED"))
 
 
 def run_backward(group: Group, grad_outs: Sequence[Tensor], weights: Sequence[Tensor], hidden: Tensor, mask: Tensor,
