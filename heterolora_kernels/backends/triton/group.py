@@ -186,6 +186,8 @@ def run_backward(group: Group, grad_outs: Sequence[Tensor], weights: Sequence[Te
     plan = group.plan
     grads = empty_gradients(group.x, sources, group.lora_A, group.lora_B, needs)
     grad_outs = tuple(_rows(grad) for grad in grad_outs)
+    # Views of what the forward saved, where an output was left out.
+    hidden, mask = hidden.contiguous(), mask.contiguous()
     q = sums = parts_A = parts_B = group.scaling
     row_blocks = 0
     if plan.H > 0:
