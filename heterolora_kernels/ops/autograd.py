@@ -18,7 +18,6 @@ from torch.autograd.function import once_differentiable
 
 from heterolora_kernels.ops.schema import NAMESPACE, Flags, Needs, hidden_offsets, mask_offsets, rank_offsets
 
-
 # As plain numbers: an IntFlag's operators cost a microsecond each, in every call.
 _SAVE, _SAVE_STATISTICS = int(Flags.SAVE), int(Flags.SAVE | Flags.STATISTICS)
 _X, _SOURCES, _LORA_A, _LORA_B, _STATISTICS = map(int, (Needs.X, Needs.SOURCES, Needs.LORA_A, Needs.LORA_B, Needs.STATISTICS))
