@@ -105,7 +105,7 @@ void amx_products(const Tile& t, AmxPlace from, AmxPlace to, int64_t group, bool
         const Segment& segment = t.segments[s];
         const int64_t first = s == from.segment ? from.block : 0;
         const int64_t last = s == to.segment ? to.block : segment.units / amx_side;
-        const uint32_t* a = segment.a + group * amx_group * segment.units + first * ROWS * amx_operand;
+        const uint32_t* a = segment.a.data + group * amx_group * segment.units + first * ROWS * amx_operand;
         const uint32_t* b = segment.b + first * amx_side * segment.b_stride;
         const int64_t b_bytes = 4 * segment.b_stride, b_step = amx_side * segment.b_stride;
         for (int64_t block = first; block < last; ++block) {
@@ -301,6 +301,7 @@ constexpr Engine make_amx_engine(const char* name) {
     // These processors have 2 MB of second cache, and their tiles would wait for a weight that is read once per 128 rows.
     engine.block_rows = 256;
     engine.row_step = engine.unit_step = amx_side;
+    engine.half_tiles = engine.row_tiles = false;
     engine.pack_strip = amx_pack_strip;
     engine.pack_coefficients = amx_pack_coefficients;
     engine.tile = amx_tile<Tiles>;

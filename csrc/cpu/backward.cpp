@@ -66,7 +66,7 @@ public:
         Scratch scratch{block, blocks_.first(block), Strips(e_, size, e_.max_rows), Strips(e_, size, e_.tile_rows),
                         {}, {}, {}, {}, {}};
         for (size_t i = 0; i < g_.outputs.size(); ++i) {
-            const bool packed = g_.outputs[i].grad_out.data != nullptr && needs_strip(i);
+            const bool packed = g_.outputs[i].grad_out.data != nullptr && needs_strip(i) && !reads_in_place(i);
             scratch.grad_out.push_back(slots.take<uint32_t>(packed ? rows * e_.units(g_.outputs[i].columns) : 0));
             scratch.h_coef.push_back(slots.zeroed(shadow_B() ? e_.coefficient_units(size, lanes_.output_width[i]) : 0));
         }
@@ -89,12 +89,14 @@ public:
         for (size_t i = 0; i < g_.outputs.size(); ++i) {
             const Output& output = g_.outputs[i];
             if (output.grad_out.data == nullptr || !needs_strip(i)) continue;
-            uint32_t* packed = scratch.grad_out[i] + from * e_.units(output.columns);
-            e_.pack_strip(output.grad_out.at(row, 0), Keep{}, rows, output.columns, packed);
+            if (!reads_in_place(i)) {
+                e_.pack_strip(output.grad_out.at(row, 0), Keep{}, rows, output.columns,
+                              scratch.grad_out[i] + from * e_.units(output.columns));
+            }
             const int64_t width = round_up(lanes_.output_width[i], e_.lanes);
             if (width == 0) continue;
             auto* q = slots.take<float>(rows * width);
-            low_rank_product(e_, packed, rows, lora_B_[i], lanes_.output_width[i], e_.units(output.columns), q);
+            low_rank_product(e_, grad_rows(scratch, i, from), rows, lora_B_[i], lanes_.output_width[i], e_.units(output.columns), q);
             for (size_t p = 0; p < g_.paths.size(); ++p) {
                 const Path& path = g_.paths[p];
                 if (path.output != static_cast<int>(i)) continue;
@@ -180,6 +182,16 @@ private:
     bool shadow_A() const { return grads_A_ || statistics_; }
     bool shadow_B() const { return grads_B_ || statistics_; }
 
+    bool reads_in_place(size_t i) const {
+        return g_.rows > few_rows && e_.reads_in_place(g_.outputs[i].grad_out, g_.outputs[i].columns);
+    }
+
+    // Rows of a grad_out from row `from` of the block on.
+    Left grad_rows(const Scratch& scratch, size_t i, int64_t from) const {
+        if (reads_in_place(i)) return in_place(g_.outputs[i].grad_out.at(scratch.first + from, 0));
+        return {scratch.grad_out[i] + from * e_.units(g_.outputs[i].columns)};
+    }
+
     // Whether the packed rows of a grad_out are used.
     bool needs_strip(size_t i) const {
         return lanes_.output_width[i] > 0 || (g_.outputs[i].has_weight && g_.sources[0].grad != nullptr);
@@ -224,7 +236,7 @@ private:
                 Tile tile;
                 tile.segments = segments.data();
                 if (lane_units > 0) {
-                    segments[tile.num_segments++] = {scratch.low_rank[key] + from * lane_units,
+                    segments[tile.num_segments++] = {{scratch.low_rank[key] + from * lane_units},
                                                      lora_A_[key] + column * lane_units, width, lane_units};
                     tile.keep = source.keep.at(row, column);
                 }
@@ -232,8 +244,7 @@ private:
                     const Output& output = g_.outputs[i];
                     if (!output.has_weight || output.grad_out.data == nullptr) continue;
                     const int64_t units = e_.units(output.columns);
-                    segments[tile.num_segments++] = {scratch.grad_out[i] + from * units, weights_[i] + column * units, width,
-                                                     units};
+                    segments[tile.num_segments++] = {grad_rows(scratch, i, from), weights_[i] + column * units, width, units};
                 }
                 if (few) tile.base = {base + from * base_ld + column - range.begin * width, DType::f32, base_ld};
                 tile.rows = static_cast<int>(rows);

@@ -30,7 +30,7 @@ public:
     Scratch make(Slots& slots, int64_t block) {
         const int64_t size = blocks_.size(block), rows = e_.strip_rows(size);
         Scratch scratch{blocks_.first(block), Strips(e_, size, e_.max_rows), Strips(e_, size, e_.tile_rows), nullptr, {}};
-        if (needs_x()) scratch.x = slots.take<uint32_t>(rows * e_.units(g_.sources[0].columns));
+        if (needs_x() && !x_in_place()) scratch.x = slots.take<uint32_t>(rows * e_.units(g_.sources[0].columns));
         for (size_t i = 0; i < g_.outputs.size(); ++i) {
             scratch.low_rank.push_back(slots.take<uint32_t>(rows * e_.units(lanes_.output_width[i])));
         }
@@ -41,10 +41,8 @@ public:
     void strip(Scratch& scratch, int64_t s, Slots slots) {
         const int64_t from = scratch.strips.first(s), rows = scratch.strips.size(s), row = scratch.first + from;
         const Source& x = g_.sources[0];
-        uint32_t* packed_x = nullptr;
-        if (needs_x()) {
-            packed_x = scratch.x + from * e_.units(x.columns);
-            e_.pack_strip(x.values.at(row, 0), Keep{}, rows, x.columns, packed_x);
+        if (needs_x() && !x_in_place()) {
+            e_.pack_strip(x.values.at(row, 0), Keep{}, rows, x.columns, scratch.x + from * e_.units(x.columns));
         }
         std::vector<float*> staged(g_.outputs.size(), nullptr);
         for (size_t i = 0; i < g_.outputs.size(); ++i) {
@@ -57,14 +55,16 @@ public:
             if (g_.dropout && source.keep_out != nullptr) draw_keep(source, key, row, rows);
             const int64_t width = round_up(lanes_.source_width[key], e_.lanes);
             if (width == 0) continue;
-            const uint32_t* strip = packed_x;
-            if (key != 0 || g_.dropout || strip == nullptr) {
+            Left left = key == 0 ? x_rows(scratch, from) : Left{};
+            if (key != 0 && !g_.dropout && e_.reads_in_place(source.values, source.columns)) {
+                left = in_place(source.values.at(row, 0));
+            } else if (key != 0 || g_.dropout || left.data == nullptr) {
                 auto* dropped = slots.take<uint32_t>(e_.strip_rows(rows) * e_.units(source.columns));
                 e_.pack_strip(source.values.at(row, 0), source.keep.at(row, 0), rows, source.columns, dropped);
-                strip = dropped;
+                left = {dropped};
             }
             auto* h = slots.take<float>(rows * width);
-            low_rank_product(e_, strip, rows, lora_A_[key], lanes_.source_width[key], e_.units(source.columns), h);
+            low_rank_product(e_, left, rows, lora_A_[key], lanes_.source_width[key], e_.units(source.columns), h);
             for (size_t p = 0; p < g_.paths.size(); ++p) {
                 const Path& path = g_.paths[p];
                 if (path.source != static_cast<int>(key)) continue;
@@ -97,11 +97,11 @@ public:
                     Tile tile;
                     tile.segments = segments;
                     if (lane_units > 0) {
-                        segments[tile.num_segments++] = {scratch.low_rank[i] + from * lane_units,
+                        segments[tile.num_segments++] = {{scratch.low_rank[i] + from * lane_units},
                                                          lora_B_[i] + column * lane_units, width, lane_units};
                     }
                     if (output.has_weight && !few()) {
-                        segments[tile.num_segments++] = {scratch.x + from * e_.units(depth),
+                        segments[tile.num_segments++] = {x_rows(scratch, from),
                                                          weights_[i] + column * e_.units(depth), width, e_.units(depth)};
                     } else if (output.has_weight) {
                         tile.base = {base + from * width, DType::f32, width};
@@ -123,6 +123,17 @@ public:
 
 private:
     bool few() const { return g_.rows <= few_rows; }
+
+    bool x_in_place() const {
+        return g_.rows > few_rows && (g_.has_weights() || !g_.dropout) && e_.reads_in_place(g_.sources[0].values, g_.sources[0].columns);
+    }
+
+    // Rows of x from row `from` of the block on; no data where x was not packed.
+    Left x_rows(const Scratch& scratch, int64_t from) const {
+        if (x_in_place()) return in_place(g_.sources[0].values.at(scratch.first + from, 0));
+        if (scratch.x == nullptr) return {};
+        return {scratch.x + from * e_.units(g_.sources[0].columns)};
+    }
 
     // The rows of x as lanes of vectors: one read of a unit of the weight then serves all of them.
     void pack_few() {

@@ -80,6 +80,13 @@ inline void rows_in_lanes_step(const uint32_t* left, const char* const (&w)[COLU
     }
 }
 
+template <int COLUMNS, int VECTORS, class I>
+inline void add_to(typename I::F (&sums)[COLUMNS][VECTORS], const typename I::F (&more)[COLUMNS][VECTORS]) {
+    for (int j = 0; j < COLUMNS; ++j) {
+        for (int v = 0; v < VECTORS; ++v) sums[j][v] = I::add(sums[j][v], more[j][v]);
+    }
+}
+
 template <class I, class Unit, int COLUMNS, int VECTORS>
 void rows_in_lanes_of(const Dot& d, int64_t column) {
     using F = typename I::F;
@@ -93,7 +100,22 @@ void rows_in_lanes_of(const Dot& d, int64_t column) {
     }
     const int64_t whole = d.depth / Unit::unit;
     const uint32_t* left = d.x_panel;
-    for (int64_t u = 0; u < whole; ++u, left += VECTORS * W) rows_in_lanes_step<I, Unit, 4>(left, w, 4 * u, acc);
+    F ended[COLUMNS][VECTORS];
+    for (int64_t first = 0; first < whole; first += float_chain) {
+        const int64_t end = Unit::unit == 2 || whole - first < float_chain ? whole : first + float_chain;
+        for (int64_t u = first; u < end; ++u, left += VECTORS * W) rows_in_lanes_step<I, Unit, 4>(left, w, 4 * u, acc);
+        if (end == whole) {
+            if (first > 0) add_to<COLUMNS, VECTORS, I>(acc, ended);
+            break;
+        }
+        if (first > 0) add_to<COLUMNS, VECTORS, I>(ended, acc);
+        for (int j = 0; j < COLUMNS; ++j) {
+            for (int v = 0; v < VECTORS; ++v) {
+                if (first == 0) ended[j][v] = acc[j][v];
+                acc[j][v] = I::zero();
+            }
+        }
+    }
     // Half a pair: what lies behind the row is not read.
     if (whole * Unit::unit < d.depth) rows_in_lanes_step<I, Unit, SIZE>(left, w, 4 * whole, acc);
     for (int j = 0; j < COLUMNS; ++j) {

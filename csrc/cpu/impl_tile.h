@@ -71,17 +71,30 @@ inline void prefetch_out(const Tile& t, int rows) {
     }
 }
 
-// Units after which a chain of float32 sums ends: what follows is summed from 0 and added. Every rounding is then relative to a
-// part of the sum instead of all of it: the low-rank part, which comes first, would make each one as large as itself, and at a
-// depth of 1100 the error was 6 times that of a plain matmul. For products of bf16 one chain is far more exact than its operands.
-constexpr int64_t float_chain = 384;
-
 // Units between the read of a panel and its prefetch. The hardware's stops at the end of each page.
 constexpr int64_t tile_ahead = 24;
 
-// Adds the products of some units to the sums; a and b move on.
-template <class I, class Unit, int ROWS, int VECTORS>
-[[gnu::always_inline]] inline void add_products(const uint32_t*& a, const uint32_t*& b, int64_t b_stride, int64_t units,
+// Where the units of ROWS rows lie: in a strip, or (IN_PLACE) in rows of a matrix, three to a pointer, which the processor's
+// addressing reaches without further arithmetic.
+template <int ROWS, bool IN_PLACE>
+struct LeftRows {
+    const char* rows[IN_PLACE ? (ROWS + 2) / 3 : 1];
+    int64_t apart;
+
+    explicit LeftRows(const Left& left) : apart(left.row_bytes) {
+        for (int i = 0; 3 * i < (IN_PLACE ? ROWS : 1); ++i) rows[i] = reinterpret_cast<const char*>(left.data) + 3 * i * apart;
+    }
+    [[gnu::always_inline]] const uint32_t* at(int row) const {
+        return reinterpret_cast<const uint32_t*>(IN_PLACE ? rows[row / 3] + row % 3 * apart : rows[0] + 4 * row);
+    }
+    [[gnu::always_inline]] void next() {
+        for (const char*& row : rows) row += IN_PLACE ? 4 : 4 * ROWS;
+    }
+};
+
+// Adds the products of some units to the sums; left and b move on.
+template <class I, class Unit, bool IN_PLACE, int ROWS, int VECTORS>
+[[gnu::always_inline]] inline void add_products(LeftRows<ROWS, IN_PLACE>& left, const uint32_t*& b, int64_t b_stride, int64_t units,
                                                 typename I::F (&sum)[ROWS][VECTORS]) {
     using U = typename I::U;
     constexpr int W = I::W;
@@ -94,12 +107,37 @@ template <class I, class Unit, int ROWS, int VECTORS>
         }
 #pragma GCC unroll 16
         for (int i = 0; i < ROWS; ++i) {
-            const U left = I::broadcast(a + i);
+            const U unit = I::broadcast(left.at(i));
 #pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; ++v) sum[i][v] = Unit::mac(sum[i][v], left, right[v]);
+            for (int v = 0; v < VECTORS; ++v) sum[i][v] = Unit::mac(sum[i][v], unit, right[v]);
         }
-        a += ROWS;
+        left.next();
         b += b_stride;
+    }
+}
+
+// Adds the products of a segment. Chains of float32 sums end within it, and at its end where another segment follows.
+template <class I, class Unit, bool IN_PLACE, int ROWS, int VECTORS>
+[[gnu::always_inline]] inline void add_segment(const Segment& segment, bool last, typename I::F (&sum)[ROWS][VECTORS],
+                                               typename I::F (&ended)[ROWS][VECTORS], bool& any_ended) {
+    LeftRows<ROWS, IN_PLACE> left(segment.a);
+    const uint32_t* b = segment.b;
+    if constexpr (Unit::unit == 2) {
+        add_products<I, Unit>(left, b, segment.b_stride, segment.units, sum);
+        return;
+    }
+    for (int64_t units = segment.units; units > 0; units -= float_chain) {
+        add_products<I, Unit>(left, b, segment.b_stride, units < float_chain ? units : float_chain, sum);
+        if (units <= float_chain && last) break;
+#pragma GCC unroll 16
+        for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; ++v) {
+                ended[i][v] = any_ended ? I::add(ended[i][v], sum[i][v]) : sum[i][v];
+                sum[i][v] = I::zero();
+            }
+        }
+        any_ended = true;
     }
 }
 
@@ -115,7 +153,6 @@ template <class I, class Unit, int ROWS, int VECTORS>
 void tile_of(const Tile& t) {
     using F = typename I::F;
     constexpr int W = I::W;
-    constexpr bool CHAINS = Unit::unit == 1;
     F sum[ROWS][VECTORS], ended[ROWS][VECTORS];   // the chain that runs, and those that ended
     bool any_ended = false;
     prefetch_out(t, ROWS);
@@ -124,31 +161,18 @@ void tile_of(const Tile& t) {
     }
     for (int s = 0; s < t.num_segments; ++s) {
         const Segment segment = t.segments[s];
-        const uint32_t* a = segment.a;
-        const uint32_t* b = segment.b;
-        if constexpr (CHAINS) {
-            for (int64_t left = segment.units; left > 0; left -= float_chain) {
-                add_products<I, Unit>(a, b, segment.b_stride, left < float_chain ? left : float_chain, sum);
-                if (left <= float_chain && s + 1 == t.num_segments) break;
-#pragma GCC unroll 16
-                for (int i = 0; i < ROWS; ++i) {
-#pragma GCC unroll 4
-                    for (int v = 0; v < VECTORS; ++v) {
-                        ended[i][v] = any_ended ? I::add(ended[i][v], sum[i][v]) : sum[i][v];
-                        sum[i][v] = I::zero();
-                    }
-                }
-                any_ended = true;
-            }
+        const bool last = s + 1 == t.num_segments;
+        if (segment.a.row_bytes != 0) {
+            add_segment<I, Unit, true>(segment, last, sum, ended, any_ended);
         } else {
-            add_products<I, Unit>(a, b, segment.b_stride, segment.units, sum);
+            add_segment<I, Unit, false>(segment, last, sum, ended, any_ended);
         }
         if (s == 0 && t.keep.bits != nullptr) {
             keep_sums<I>(t, sum);
             if (any_ended) keep_sums<I>(t, ended);
         }
     }
-    if (CHAINS && any_ended) {
+    if (Unit::unit == 1 && any_ended) {
 #pragma GCC unroll 16
         for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 4
@@ -168,20 +192,21 @@ void tile_of(const Tile& t) {
     }
 }
 
-// A strip times half a vector of columns, into float32: a path of rank 8 or less.
-template <class I, bool CHAINS, int ROWS>
+// Rows times half a vector of columns, into float32: a path of rank 8 or less.
+template <class I, bool CHAINS, bool IN_PLACE, int ROWS>
 void half_tile_of(const Tile& t) {
     using H = typename I::Half;
     typename H::F sum[ROWS], ended[ROWS];
     const Segment segment = t.segments[0];
-    const uint32_t *a = segment.a, *b = segment.b;
+    LeftRows<ROWS, IN_PLACE> left(segment.a);
+    const uint32_t* b = segment.b;
     for (int i = 0; i < ROWS; ++i) sum[i] = ended[i] = H::zero();
-    for (int64_t left = segment.units; left > 0; left -= float_chain) {
-        const int64_t units = CHAINS && left > float_chain ? float_chain : left;
-        for (int64_t u = 0; u < units; ++u, a += ROWS, b += segment.b_stride) {
+    for (int64_t rest = segment.units; rest > 0; rest -= float_chain) {
+        const int64_t units = CHAINS && rest > float_chain ? float_chain : rest;
+        for (int64_t u = 0; u < units; ++u, left.next(), b += segment.b_stride) {
             const typename H::U right = H::load_units(b);
 #pragma GCC unroll 16
-            for (int i = 0; i < ROWS; ++i) sum[i] = H::mac(sum[i], H::broadcast(a + i), right);
+            for (int i = 0; i < ROWS; ++i) sum[i] = H::mac(sum[i], H::broadcast(left.at(i)), right);
         }
         if (!CHAINS) break;
         for (int i = 0; i < ROWS; ++i) {
@@ -198,8 +223,9 @@ template <class I> struct HasHalf<I, std::void_t<typename I::Half>> : std::true_
 template <class I, class Unit, int... ROWS>
 void half_tile(const Tile& t, std::integer_sequence<int, ROWS...>) {
     if constexpr (HasHalf<I>::value) {
-        static constexpr void (*of[])(const Tile&) = {half_tile_of<I, Unit::unit == 1, ROWS + 1>...};
-        of[t.rows - 1](t);
+        static constexpr void (*of[2][sizeof...(ROWS)])(const Tile&) = {{half_tile_of<I, Unit::unit == 1, false, ROWS + 1>...},
+                                                                       {half_tile_of<I, Unit::unit == 1, true, ROWS + 1>...}};
+        of[t.segments[0].a.row_bytes != 0][t.rows - 1](t);
     }
 }
 

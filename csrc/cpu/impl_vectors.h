@@ -59,6 +59,12 @@ inline uint64_t bits_at(const uint8_t* bits, int64_t column, int64_t count) {
     return value;
 }
 
+// Units after which a chain of float32 sums ends: what follows is summed from 0 and added. Every rounding is then relative to a
+// part of the sum instead of all of it: the low-rank part, which comes first, would make each one as large as itself, and at a
+// depth of 1100 the error was 6 times that of a plain matmul; with chains of 384 it was 1 % beyond twice that at a depth of 384. For
+// products of bf16 one chain is far more exact than its operands.
+constexpr int64_t float_chain = 256;
+
 // Units that hold one float.
 template <class I>
 struct FloatUnit {

@@ -42,9 +42,15 @@ struct Keep {
     }
 };
 
-// One product of the accumulator: strip a of the tile's rows times panel b.
+// Rows of a left operand: a strip, or the matrix itself where its rows are units as they lie.
+struct Left {
+    const uint32_t* data = nullptr;
+    int64_t row_bytes = 0;   // between rows of the matrix; 0: a strip
+};
+
+// One product of the accumulator: rows a of the tile times panel b.
 struct Segment {
-    const uint32_t* a;
+    Left a;
     const uint32_t* b;
     int64_t b_stride;
     int64_t units;
@@ -117,6 +123,7 @@ struct Engine {
     int row_step;    // rows of a strip and lanes of coefficients are padded to a multiple of this
     int unit_step;   // units of a contraction are padded to a multiple of this
     bool half_tiles; // half a vector of columns costs half as much as a whole one
+    bool row_tiles;  // left operands may be rows of a matrix
     // a strip of `rows` rows, padding included; rows whose contraction runs along the row
     void (*pack_strip)(Matrix source, Keep keep, int64_t rows, int64_t depth, uint32_t* out);
     // columns of a panel from rows whose contraction runs along the row: out[u * stride + row]
@@ -139,6 +146,14 @@ struct Engine {
     int64_t strip_rows(int64_t rows) const { return padded(rows, row_step); }
     int64_t coefficient_units(int64_t rows, int64_t lanes) const { return units(rows) * padded(lanes, row_step); }
     int panel() const { return 2 * lanes; }
+
+    // Whether rows of a matrix can be read where they lie: packing them costs 2 to 4 % of a product. Not where rows lie whole pages
+    // apart: they would push each other out of the first cache.
+    bool reads_in_place(Matrix source, int64_t depth) const {
+        const int64_t apart = source.ld * size_of(source.dtype) % 4096;
+        return row_tiles && source.dtype == (unit == 2 ? DType::bf16 : DType::f32) && depth % unit == 0 && apart >= 64 &&
+               apart <= 4032;
+    }
 
 private:
     static int64_t padded(int64_t value, int64_t step) { return (value + step - 1) / step * step; }

@@ -24,6 +24,7 @@ constexpr Engine make_engine(const char* name) {
     engine.block_rows = 128;
     engine.row_step = engine.unit_step = 1;
     engine.half_tiles = HasHalf<I>::value;
+    engine.row_tiles = true;
     engine.pack_strip = pack_strip<I, Unit>;
     engine.pack_rows = pack_panel_rows<I, Unit>;
     engine.pack_columns = pack_columns<I, Unit>;

@@ -104,11 +104,11 @@ void few_along_columns(const Engine& engine, const uint32_t* strip, int64_t rows
     engine.outer(outer);
 }
 
-void low_rank_product(const Engine& engine, const uint32_t* strip, int64_t rows, const uint32_t* panel, int64_t lanes,
+void low_rank_product(const Engine& engine, Left left, int64_t rows, const uint32_t* panel, int64_t lanes,
                       int64_t units, float* out) {
     const int64_t width = round_up(lanes, engine.lanes);
     for (int64_t lane = 0; lane < width; lane += engine.panel()) {
-        const Segment segment{strip, panel + lane, width, units};
+        const Segment segment{left, panel + lane, width, units};
         const bool half = engine.half_tiles && lanes - lane <= engine.lanes / 2;
         Tile tile;
         tile.rows = static_cast<int>(rows);

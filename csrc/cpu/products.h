@@ -21,8 +21,13 @@ void few_along_rows(const Engine& engine, Matrix x, const uint32_t* x_panel, int
 void few_along_columns(const Engine& engine, const uint32_t* strip, int64_t rows, Matrix w, int64_t columns, int64_t depth,
                        float* out, int64_t out_ld, bool accumulate = false);
 
-// A strip times a narrow panel [units][lanes rounded up to vectors] into float32 [rows][as many].
-void low_rank_product(const Engine& engine, const uint32_t* strip, int64_t rows, const uint32_t* panel, int64_t lanes,
+// The rows of a matrix that can be read in place.
+inline Left in_place(Matrix source) {
+    return {static_cast<const uint32_t*>(source.data), source.ld * size_of(source.dtype)};
+}
+
+// Rows times a narrow panel [units][lanes rounded up to vectors] into float32 [rows][as many].
+void low_rank_product(const Engine& engine, Left left, int64_t rows, const uint32_t* panel, int64_t lanes,
                       int64_t units, float* out);
 
 
