@@ -72,8 +72,9 @@ class Op(Contender):
         self.backend = backend
         self.packs = packs_of(backend, problem.weights, self.x)
         self.biases = [weight.new_empty(0) for weight in problem.weights]
-        self.vectors = path_vectors(problem.case)
-        self.probe = torch.zeros(self.vectors[1].shape[0], NUM_COLUMNS, requires_grad=True) if statistics else None
+        self.vectors = path_vectors(problem.case, self.x.device)
+        rows = self.vectors[1].shape[0]
+        self.probe = torch.zeros(rows, NUM_COLUMNS, device=self.x.device, requires_grad=True) if statistics else None
         self.path_output = list(range(len(problem.weights)))
         self.path_source = [-1] * len(problem.weights)
 
@@ -96,7 +97,7 @@ class NoPath(Op):
     def __init__(self, problem: Problem, name: str, backend: str):
         super().__init__(problem, name, backend, statistics=False)
         self.lora_A, self.lora_B, self.path_output, self.path_source = [], [], [], []
-        self.vectors = (torch.ones(0), torch.ones(0), torch.ones(0, dtype=torch.int32))
+        self.vectors = tuple(vector[:0] for vector in self.vectors)
 
 
 class Separate(Contender):

@@ -32,8 +32,15 @@ class Problem:
 
     def to(self, dtype: torch.dtype) -> Problem:
         """The same values in another dtype, adapters included."""
-        many = [[t.to(dtype) for t in tensors] for tensors in (self.weights, self.lora_A, self.lora_B, self.grad_outs)]
-        return Problem(self.case, self.x.to(dtype), *many, self.rng)
+        return self._mapped(lambda t: t.to(dtype), self.rng)
+
+    def copy(self) -> Problem:
+        """The same values in memory of their own."""
+        return self._mapped(torch.clone, self.rng)
+
+    def _mapped(self, change, rng: Tensor | None) -> Problem:
+        many = [[change(t) for t in tensors] for tensors in (self.weights, self.lora_A, self.lora_B, self.grad_outs)]
+        return Problem(self.case, change(self.x), *many, rng)
 
 
 @dataclass
@@ -45,19 +52,19 @@ class Results:
     statistics: Tensor | None = None
 
 
-def make_problem(case: Case) -> Problem:
-    """Random tensors of a case, scaled so that outputs and hidden are of order 1."""
-    generator = torch.Generator().manual_seed(1)
+def make_problem(case: Case, device: str = "cpu") -> Problem:
+    """Random tensors of a case, drawn on the device, scaled so that outputs and hidden are of order 1."""
+    generator = torch.Generator(device).manual_seed(1)
     dtype, adapters = getattr(torch, case.dtype), getattr(torch, case.adapter_dtype)
 
     def draw(*shape: int, scale: float = 1.0, to: torch.dtype = dtype) -> Tensor:
-        return (scale * torch.randn(*shape, generator=generator)).to(to)
+        return (scale * torch.randn(*shape, generator=generator, device=device)).to(to)
 
     return Problem(
         case, draw(case.m, case.k), [draw(n, case.k, scale=case.k ** -0.5) for n in case.outs],
         [draw(case.rank, case.k, scale=case.k ** -0.5, to=adapters) for _ in case.outs],
         [draw(n, case.rank, scale=0.1, to=adapters) for n in case.outs], [draw(case.m, n) for n in case.outs],
-        torch.tensor([20240616]) if case.dropout_p else None)
+        torch.tensor([20240616], device=device) if case.dropout_p else None)
 
 
 def run_reference(problem: Problem) -> Results:
@@ -67,19 +74,19 @@ def run_reference(problem: Problem) -> Results:
     x = problem.x.detach().requires_grad_()
     lora_A, lora_B = ([t.detach().requires_grad_() for t in tensors] for tensors in (problem.lora_A, problem.lora_B))
     paths = range(len(problem.weights))
-    probe = torch.zeros(len(paths) * problem.case.rank, NUM_COLUMNS, requires_grad=True)
+    probe = torch.zeros(len(paths) * problem.case.rank, NUM_COLUMNS, device=x.device, requires_grad=True)
     outs = call_lora_linear(
         "reference", x, problem.weights, [], [w.new_empty(0) for w in problem.weights], [], lora_A, lora_B,
-        *path_vectors(problem.case), problem.rng, list(paths), [-1] * len(paths), problem.case.dropout_p, probe)
+        *path_vectors(problem.case, x.device), problem.rng, list(paths), [-1] * len(paths), problem.case.dropout_p, probe)
     torch.autograd.backward(outs, problem.grad_outs)
     return Results([out.detach() for out in outs], named_gradients(x, lora_A, lora_B), probe.grad)
 
 
-def path_vectors(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+def path_vectors(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """scaling, gate and active of one fully active path per output."""
     paths = len(case.outs)
-    return (torch.full((paths,), SCALING), torch.ones(paths * case.rank),
-            torch.full((paths,), case.rank, dtype=torch.int32))
+    return (torch.full((paths,), SCALING, device=device), torch.ones(paths * case.rank, device=device),
+            torch.full((paths,), case.rank, dtype=torch.int32, device=device))
 
 
 def named_gradients(x: Tensor, lora_A: list[Tensor], lora_B: list[Tensor]) -> dict[str, Tensor]:

@@ -117,6 +117,12 @@ class Inputs:
             named |= {f"{name}[{i}]": t for i, t in enumerate(getattr(self, name)) if name != "biases" or t.numel()}
         return named
 
+    def to(self, device):
+        """On another device; the rng stays in int64."""
+        moved = self.mapped(lambda name, t: t.to(device))
+        return replace(moved, scaling=self.scaling.to(device), gate=self.gate.to(device), active=self.active.to(device),
+                       rng=None if self.rng is None else self.rng.to(device))
+
     def requires_grad_(self, names=None):
         for name, tensor in self.leaves().items():
             tensor.requires_grad_(names is None or name in names)
@@ -185,7 +191,7 @@ def dropped(inputs, p):
     source = inputs.source_of(p)
     if not inputs.dropout_p:
         return source
-    keep = keep_matrix(int(inputs.rng), *source.shape, inputs.path_source[p] + 1, inputs.dropout_p)
+    keep = keep_matrix(int(inputs.rng), *source.shape, inputs.path_source[p] + 1, inputs.dropout_p).to(source.device)
     return torch.where(keep, source * keep_scale(inputs.dropout_p), torch.zeros_like(source))
 
 
@@ -217,7 +223,7 @@ def dense(inputs, base_outs=None):
 
 def random_grads(outs, seed=77):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(out.shape, dtype=torch.float64, generator=generator).to(out.dtype) for out in outs]
+    return [torch.randn(out.shape, dtype=torch.float64, generator=generator).to(out) for out in outs]
 
 
 def gradients(outs, inputs, grad_outs, retain_graph=False):

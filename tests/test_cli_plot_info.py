@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,6 +157,18 @@ def test_info_says_what_is_not_installed_and_why_a_backend_is_not_there(capsys, 
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split() == "surely-not-installed not installed".split() for line in lines)
     assert any(line.split(None, 2) == ["not", "abacus", "no beads on this machine"] for line in lines)
+
+
+def test_info_and_readme_say_what_has_not_been_measured(capsys):
+    remark = "not yet measured on hardware"
+    assert main(["info"]) == 0
+    # Whether the backend can run here or not.
+    assert any(line.split(None, 2) == ["about", "triton", remark] for line in capsys.readouterr().out.splitlines())
+    assert main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["backends"]["remarks"] == {"triton": remark}
+    readme = Path(__file__).parent.parent.joinpath("README.md").read_text()
+    row, = (line for line in readme.splitlines() if line.startswith("| `triton` |"))
+    assert remark in row
 
 
 def test_info_json_is_one_object(capsys, model_dir):

@@ -34,12 +34,6 @@ def test_numbers_in_the_interpreter():
     assert "skipped" not in done.stdout.splitlines()[-1]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_numbers_on_the_device():
-    done = _run(["-m", "pytest", "-q", "tests/triton_interpreted.py"], 1500, TRITON_INTERPRET="", HETEROLORA_TEST_DEVICE="cuda")
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-
-
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     """What `heterolora compile` reports: the main call for sm_90 and sm_80, or everything."""

@@ -22,6 +22,9 @@ from helpers_op import (
     packed_bytes,
     random_grads,
 )
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch.aot_autograd import make_boxed_func
 
 import heterolora_kernels as hlk
 from heterolora_kernels.backends import resolve
@@ -57,9 +60,7 @@ def larger(case):
 
 
 def make(case, dtype=torch.float32, adapters=None):
-    inputs = make_inputs(case, dtype, adapters).mapped(lambda name, t: t.to(DEVICE))
-    return replace(inputs, scaling=inputs.scaling.to(DEVICE), gate=inputs.gate.to(DEVICE), active=inputs.active.to(DEVICE),
-                   rng=None if inputs.rng is None else inputs.rng.to(DEVICE))
+    return make_inputs(case, dtype, adapters).to(DEVICE)
 
 
 def base_outs(case, dtype=torch.float32):
@@ -443,12 +444,58 @@ def test_backend_is_never_chosen_for_cpu_tensors():
         resolve(DEVICE, "triton", torch.float64)
 
 
+@pytest.mark.parametrize("op", ["linear", "delta"])
+def test_fakes_agree_with_what_runs(op):
+    case = CASES["three_linears_four_paths"]
+    inputs, flags = make(case), int(Flags.SAVE | Flags.STATISTICS)
+    args = inputs.args(flags) if op == "linear" else (inputs.x, base_outs(case), *inputs.path_args(flags))
+    checks = ("test_schema", "test_faketensor")
+    outs, hidden, mask = getattr(ops, f"lora_{op}_triton")(*args)
+    torch.library.opcheck(getattr(ops, f"lora_{op}_triton").default, args, test_utils=checks)
+    torch.library.opcheck(getattr(ops, f"lora_{op}_backward_triton").default, (random_grads(outs), *args, hidden, mask, 31),
+                          test_utils=checks)
+
+
+def test_a_compiled_model_is_one_graph_of_the_ops_and_follows_new_ranks():
+    graphs = []
+
+    def record(graph, examples):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    model, batch = hs.make_llama(layers=1).to(DEVICE), {name: value.to(DEVICE) for name, value in hs.llama_batch(0).items()}
+
+    def grads(call):
+        model.zero_grad()
+        call(**batch).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(aot_autograd(fw_compiler=record))
+    with hlk.use_backend("triton"):
+        search, compiled = hlk.RankSearch(model), torch.compile(model, fullgraph=True, backend=counter)
+        for ranks in (None, 0, 1):
+            if ranks is not None:
+                search.apply({name: ranks for name in list(search.paths)[::2]})
+            assert_same(grads(compiled), grads(model), 1e-5, 1e-6)
+    # One graph forward and one backward, and in them the ops as they are, not what they are made of.
+    called = [{str(node.target) for node in graph.graph.nodes if "heterolora" in str(node.target)} for graph in graphs]
+    assert called == [{"heterolora_kernels.lora_linear_triton.default"}, {"heterolora_kernels.lora_linear_backward_triton.default"}]
+    assert counter.frame_count == 1
+
+
 @pytest.mark.parametrize("score", ["in_step", "probe"])
 def test_search_gives_the_ranks_of_the_reference(score):
+    batch = {name: value.to(DEVICE) for name, value in hs.net_batch(9).items()}
+
     def ranks(backend):
         with hlk.use_backend(backend):
-            model, optimizer, search = hs.build(dataloader=[hs.net_batch(9)], score=score, num_batches=1, interval=1, warmup=1)
-            hs.train(model, optimizer, search, 3)
+            model = hs.make_net(score=score, num_batches=1, interval=1, warmup=1).to(DEVICE)
+            optimizer = torch.optim.AdamW(hs.trainable(model), lr=0.05)
+            search = hlk.RankSearch(model, optimizer, [batch])
+            search.start()
+            for seed in range(3):
+                hs.train_step(model, optimizer, {name: value.to(DEVICE) for name, value in hs.net_batch(seed).items()}, search)
             return [dict(entry["ranks"]) for entry in search.history], search.ranks
 
     history, last = ranks("triton")

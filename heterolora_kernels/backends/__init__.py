@@ -28,6 +28,7 @@ class Backend:
         why_unavailable: returns None where it can run, else the reason in one line.
         dtypes: those of x; empty for any.
         on_request: further device types, taken where the backend is asked for by name and never chosen for.
+        remark: what a user should know of its state, in a few words; shown by ``heterolora info`` wherever it runs or not.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Backend:
     why_unavailable: Callable[[], str | None] = lambda: None
     dtypes: tuple[torch.dtype, ...] = ()
     on_request: Callable[[], tuple[str, ...]] = lambda: ()
+    remark: str = ""
 
     def takes(self, device_type: str, dtype: torch.dtype | None = None) -> bool:
         """Whether it can compute on a kind of device, and with a dtype of x (None: any)."""
@@ -65,6 +67,11 @@ def unavailable_backends() -> dict[str, str]:
     """``{name: reason}`` of the backends that cannot run here."""
     reasons = {name: backend.why_unavailable() for name, backend in _backends.items()}
     return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def backend_remarks() -> dict[str, str]:
+    """``{name: remark}`` of the backends about which something is to be known, those that cannot run here included."""
+    return {name: backend.remark for name, backend in _backends.items() if backend.remark}
 
 
 class use_backend:  # noqa: N801 - reads as a function, in both uses
@@ -176,4 +183,5 @@ register_backend(Backend("reference", "heterolora_kernels.backends.reference"))
 register_backend(Backend("cpu", "heterolora_kernels.backends.cpu", ("cpu",), _cpu_missing,
                          (torch.float32, torch.bfloat16, torch.float16)))
 register_backend(Backend("triton", "heterolora_kernels.backends.triton", ("cuda",), _env.triton_missing,
-                         (torch.float32, torch.bfloat16, torch.float16), lambda: ("cpu",) if _env.triton_interprets() else ()))
+                         (torch.float32, torch.bfloat16, torch.float16), lambda: ("cpu",) if _env.triton_interprets() else (),
+                         remark="not yet measured on hardware"))

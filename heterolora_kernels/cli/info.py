@@ -23,7 +23,7 @@ from torch import nn
 from heterolora_kernels._env import available_memory, cpu_isa
 from heterolora_kernels._version import __version__
 from heterolora_kernels.allocation import allocate, available_allocators, get_allocator
-from heterolora_kernels.backends import available_backends, extra, unavailable_backends
+from heterolora_kernels.backends import available_backends, backend_remarks, extra, unavailable_backends
 from heterolora_kernels.cli import data, options
 from heterolora_kernels.config import HeteroLoraConfig
 from heterolora_kernels.names import split_path
@@ -76,7 +76,8 @@ def machine() -> dict:
     return {"versions": {"heterolora-kernels": __version__, "python": platform.python_version(),
                          **{name: _version_of(name) for name in _PACKAGES}},
             "platform": platform.platform(), "processor": _processor(), "devices": list(_devices()),
-            "backends": {"available": available_backends(), "unavailable": unavailable_backends()},
+            "backends": {"available": available_backends(), "unavailable": unavailable_backends(),
+                         "remarks": backend_remarks()},
             "cpu_kernels": _cpu_kernels(),
             "proxies": available_proxies(), "allocators": available_allocators()}
 
@@ -265,6 +266,8 @@ def _print_machine(found: Mapping) -> None:
     _line("backends", ", ".join(found["backends"]["available"]))
     for name, reason in found["backends"]["unavailable"].items():
         _line(f"  not {name}", reason)
+    for name, remark in found["backends"]["remarks"].items():
+        _line(f"  about {name}", remark)
     kernels = found["cpu_kernels"]
     if kernels is not None:
         asked = " (HETEROLORA_CPU_ISA)" if kernels["asked_for"] else ": the most capable that runs here"
