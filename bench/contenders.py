@@ -197,6 +197,18 @@ class Peft(Contender):
         return [layer(self.x) for layer in self.layers]
 
 
+class CompiledPeft(Peft):
+    """PEFT's layers under torch.compile."""
+
+    def __init__(self, problem: Problem, name: str):
+        super().__init__(problem, name)
+        torch._dynamo.reset()
+        self.compiled = torch.compile(super().forward, dynamic=False)
+
+    def forward(self) -> list[Tensor]:
+        return self.compiled()
+
+
 class _MmAddmm(torch.autograd.Function):
     """``y = x W^T; y += s (x A^T) B^T`` in place, and a backward of plain matmuls that accumulates into grad_x."""
 
@@ -245,18 +257,19 @@ def make_contender(name: str, problem: Problem) -> Contender:
     backend = problem.case.backend
     if name == "no_statistics":
         return Op(problem, name, backend, statistics=False)
-    ours = {"op": Op, "layer": Layer, "no_path": NoPath, "separate": Separate}
+    ours = {"op": Op, "op_again": Op, "layer": Layer, "no_path": NoPath, "separate": Separate}
     if name in ours:
         return ours[name](problem, name, backend)
-    return {"frozen": Frozen, "peft": Peft, "mm_addmm": MmAddmm, "two_matmuls": TwoMatmuls}[name](problem, name)
+    others = {"frozen": Frozen, "peft": Peft, "peft_compiled": CompiledPeft, "mm_addmm": MmAddmm, "two_matmuls": TwoMatmuls}
+    return others[name](problem, name)
 
 
 #: Compared by the rule of the tests; the others are baselines.
-OURS = ("op", "layer", "no_statistics", "separate", "no_path")
+OURS = ("op", "op_again", "layer", "no_statistics", "separate", "no_path")
 #: Those that compute something else than the case's paths: F.linear alone, and the sum that TwoMatmuls leaves out.
 UNCHECKED = ("frozen", "two_matmuls")
 
 
 def is_checked(name: str, problem: Problem) -> bool:
     """Whether a contender has the case's results; PEFT draws a dropout mask of its own, and so does a layer."""
-    return name not in UNCHECKED and not (problem.case.dropout_p and name in ("peft", "layer"))
+    return name not in UNCHECKED and not (problem.case.dropout_p and name in ("peft", "peft_compiled", "layer"))

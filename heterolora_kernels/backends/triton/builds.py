@@ -140,24 +140,35 @@ class _Target:
         return 0
 
 
+def compile_for(arch: int) -> None:
+    """Make Triton compile for an architecture from now on, whatever device there is."""
+    triton.runtime.driver.set_active(_Target(arch))
+
+
 def compiled(arch: int, scenarios: list[Scenario]) -> Iterator[dict[str, Any]]:
     """Compile what the scenarios launch on an architecture, each distinct build once, and report on each.
 
     Leaves Triton's driver replaced: to be run in a process of its own.
     """
-    triton.runtime.driver.set_active(_Target(arch))
+    compile_for(arch)
     seen: set[str] = set()
     for scenario in scenarios:
         for launch in launches(scenario, arch):
-            build = launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.constants, **launch.options)
-            build = build.result() if hasattr(build, "result") else build
+            build = build_of(launch)
             key = build.metadata.hash
             if key not in seen:
                 seen.add(key)
-                yield _report(arch, scenario, launch, build)
+                yield report_on(arch, scenario, launch, build)
 
 
-def _report(arch: int, scenario: Scenario, launch: Launch, build: Any) -> dict[str, Any]:
+def build_of(launch: Launch) -> Any:
+    """What Triton compiles for a launch, on its active target; nothing runs."""
+    build = launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.constants, **launch.options)
+    return build.result() if hasattr(build, "result") else build
+
+
+def report_on(arch: int, scenario: Scenario, launch: Launch, build: Any) -> dict[str, Any]:
+    """What a build needs of the chip, as ``heterolora compile`` reports it."""
     config = {name: value for name, value in launch.constants.items() if name.isupper()}
     config |= {name: launch.options[name] for name in ("num_warps", "num_stages")}
     registers, stack = _resources(build.asm["cubin"])
