@@ -34,6 +34,8 @@ TOTAL, QUICK_TOTAL = 520, 240
 SHARES = {"build": 0.2, "tests": 0.55, "bench": 1.0}
 #: Seconds that a benchmark's last case and the report may still take.
 RESERVE = 45
+#: What the benchmark writes while it runs.
+SCRATCH = "gpu-part.json"
 #: Exit code where something was cut off.
 CUT = 4
 _TEST_FILES = ("tests/test_triton_cuda.py", "tests/triton_interpreted.py")
@@ -71,6 +73,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"bench/run_gpu.sh: {reason}", file=sys.stderr)
         return NO_DEVICE
     args.out.mkdir(parents=True, exist_ok=True)
+    scratch = args.out / SCRATCH
+    # Of a run that was killed.
+    scratch.unlink(missing_ok=True)
     outcomes: dict[str, dict] = {}
     measured: dict = {}
     for part in parts:
@@ -79,7 +84,6 @@ def main(arguments: list[str] | None = None) -> int:
         outcomes[part] = {"build": _build, "tests": _tests, "bench": _bench}[part](args, left)
         outcomes[part]["seconds"] = round(perf_counter() - began, 1)
         print(f"{part}: {outcomes[part]['outcome']} ({outcomes[part]['seconds']:g} s)", flush=True)
-    scratch = args.out / "gpu-part.json"
     if scratch.exists():
         measured = json.loads(scratch.read_text())
         scratch.unlink()
@@ -141,8 +145,7 @@ def _tests(args: argparse.Namespace, seconds: float) -> dict:
 
 
 def _bench(args: argparse.Namespace, seconds: float) -> dict:
-    scratch = args.out / "gpu-part.json"
-    scratch.unlink(missing_ok=True)
+    scratch = args.out / SCRATCH
     limits = ["--seconds", f"{max(1.0, seconds - RESERVE):.0f}", *(["--quick"] if args.quick else [])]
     code, tail = _run([sys.executable, "-m", "bench.gpu", "--json", str(scratch), *limits], seconds, args.out / "gpu-bench.log")
     cases = len(json.loads(scratch.read_text())["results"]) if scratch.exists() else 0

@@ -17,7 +17,11 @@ from bench.cases import Case
 from bench.contenders import Op
 from bench.problem import make_problem
 from heterolora_kernels import _env
-from heterolora_kernels.backends.triton import configs
+
+if _env.triton_not_installed() is not None:
+    pytest.skip(_env.triton_not_installed(), allow_module_level=True)
+
+from heterolora_kernels.backends.triton import configs  # noqa: E402 - needs triton
 
 ROOT = Path(__file__).resolve().parent.parent
 no_device = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
@@ -99,6 +103,13 @@ def test_command_writes_one_json_and_one_table(tmp_path, no_parts, capsys):
     assert list(found["parts"]) == ["build", "tests", "bench"] and found["results"]
     table = (folder / "gpu-test-card-9000.md").read_text()
     assert "| tests | tests was well |" in table and table in capsys.readouterr().out
+
+
+def test_results_of_an_earlier_run_are_not_taken_for_this_one(tmp_path, no_parts):
+    (tmp_path / "gpu-part.json").write_text(json.dumps(_found()))
+    assert run_gpu.main(["--out", str(tmp_path), "--parts", "tests"]) == 0
+    assert json.loads((tmp_path / "gpu-unmeasured.json").read_text()).keys() == {"parts"}
+    assert "No GPU was measured" in (tmp_path / "gpu-unmeasured.md").read_text()
 
 
 def test_what_a_part_leaves_over_goes_to_the_next(tmp_path, no_parts):
@@ -469,7 +480,6 @@ def test_tuner_stops_when_its_time_is_up(tuned, capsys):
     assert len(rows["hidden"]) == 1 and "no time was left for more than 1 candidates" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(_env.triton_not_installed() is not None, reason=f"{_env.triton_not_installed()}")
 def test_candidates_that_do_not_fit_the_chip_are_refused():
     code = """if True:
         from bench import tune_gpu
