@@ -140,13 +140,15 @@ def candidates(role: str, today: dict[str, Any], rank: int) -> Iterator[dict[str
         found = {**today, **dict(zip(names, values))}
         if "BLOCK_R" in found:
             found["BLOCK_R"] = max(16, rank)
-        # Descriptors are measured with persistent programs alone, cuBLAS has no tiles, and a wide tile needs eight warps.
+        # Descriptors are measured with persistent programs alone, cuBLAS once, and a wide tile needs eight warps.
         if found.get("tma") and not found.get("persistent") or found.get("persistent") and found["variant"] != "two_pass":
             continue
         if found.get("variant") == "cublas":
             if has_cublas:
                 continue
             has_cublas = True
+            # The tile of the epilogue after it, which has no long sum: a wide one would spill under dropout.
+            found |= {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4}
         if role in ("forward", "grad_x") and found["BLOCK_M"] * found["BLOCK_N"] > 128 * 128 and found["num_warps"] < 8:
             continue
         if found != today:
@@ -169,17 +171,19 @@ def used(role: str, config: dict[str, Any]) -> Iterator[None]:
 # ---- on a device ----
 
 def faults(case: Case, role: str, config: dict[str, Any], arch: int) -> list[str]:
-    """What is wrong with the builds of one call: spills, or more shared memory than the chip has."""
+    """What is wrong with the role's builds, with and without dropout and float32 adapters: spills, too much shared memory."""
     from heterolora_kernels.backends.triton import builds
     from heterolora_kernels.cli.compile import faults_of
 
     dtype = getattr(torch, case.dtype)
-    scenario = builds.Scenario("tuned", case.m, case.k, case.outs, paths=((case.rank, 0, -1),), dtype=dtype, adapter_dtype=dtype,
-                               statistics=True)
+    plain = builds.Scenario("tuned", case.m, case.k, case.outs, paths=((case.rank, 0, -1),), dtype=dtype, adapter_dtype=dtype,
+                            statistics=True)
+    # A row holds for these calls too.
+    scenarios = (plain, replace(plain, dropout_p=0.1, adapter_dtype=torch.float32))
     found: list[str] = []
     with used(role, config):
-        launches = builds.launches(scenario, arch)
-    for launch in launches:
+        launches = [(scenario, launch) for scenario in scenarios for launch in builds.launches(scenario, arch)]
+    for scenario, launch in launches:
         # The epilogue after cuBLAS goes by a name of its own.
         if launch.role == role or (role, launch.role) in (("forward", "delta"), ("grad_x", "grad_low_rank")):
             report = builds.report_on(arch, scenario, launch, builds.build_of(launch))
