@@ -34,6 +34,10 @@ class PackBudget:
     limit: int | None = None
     used: int = 0
 
+    def __getstate__(self) -> dict:
+        # A copied model has no packs yet, and perhaps another machine.
+        return {"mode": self.mode, "limit": None, "used": 0}
+
     def take(self, size: int, device: torch.device) -> bool:
         """Whether ``size`` bytes more may be packed; counts them if so."""
         if self.mode == "off":

@@ -139,6 +139,7 @@ def test_a_copy_makes_its_own(copied):
     expected = _run(model)
     other = copied(model)
     assert all(not packs.tensors for packs in _packs(other))
+    assert _packs(other)[0].budget.used == 0 and _packs(other)[0].budget is _packs(other)[1].budget
     assert _same(_run(other), expected)
     with torch.no_grad():
         other[0].weight.zero_()

@@ -1,32 +1,14 @@
 // Plain C++ for any processor: vectors are arrays, which the compiler may turn into what the target has.
 #include "kernels_impl.h"
+#include "scalar.h"
 
 namespace hlk {
 namespace {
-
-inline float float_of_bits(uint32_t bits) {
-    float value;
-    __builtin_memcpy(&value, &bits, 4);
-    return value;
-}
-
-inline uint32_t bits_of_float(float value) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, &value, 4);
-    return bits;
-}
 
 inline uint16_t bf16_of(float value) {
     const uint32_t bits = bits_of_float(value);
     if ((bits & 0x7FFFFFFF) > 0x7F800000) return static_cast<uint16_t>((bits >> 16) | 0x40);  // stays a nan
     return static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);                // to nearest, ties to even
-}
-
-inline float float_of_f16(uint16_t half) {
-    const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, magnitude = half & 0x7FFF;
-    if (magnitude >= 0x7C00) return float_of_bits(sign | 0x7F800000 | (magnitude & 0x3FF) << 13);
-    if (magnitude >= 0x400) return float_of_bits(sign | ((magnitude << 13) + 0x38000000));
-    return float_of_bits(sign | bits_of_float(static_cast<float>(magnitude) * 0x1p-24f));
 }
 
 inline uint16_t f16_of(float value) {
@@ -59,7 +41,7 @@ struct Portable {
     static F zero() { return F{}; }
     static F set1(float x) { return make([&](int) { return x; }); }
     static F load(const float* p) { return make([&](int i) { return p[i]; }); }
-    static F load_bf16(const uint16_t* p) { return make([&](int i) { return float_of_bits(static_cast<uint32_t>(p[i]) << 16); }); }
+    static F load_bf16(const uint16_t* p) { return make([&](int i) { return float_of_bf16(p[i]); }); }
     static F load_f16(const uint16_t* p) { return make([&](int i) { return float_of_f16(p[i]); }); }
     static void store(float* p, F f) { for (int i = 0; i < W; ++i) p[i] = f.v[i]; }
     static void store_bf16(uint16_t* p, F f) { for (int i = 0; i < W; ++i) p[i] = bf16_of(f.v[i]); }

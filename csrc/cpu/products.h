@@ -30,7 +30,6 @@ inline Left in_place(Matrix source) {
 void low_rank_product(const Engine& engine, Left left, int64_t rows, const uint32_t* panel, int64_t lanes,
                       int64_t units, float* out);
 
-
 // A strip's rows in another dtype, by tiles without segments: the engine's own conversion and rounding.
 void copy_rows(const Engine& engine, Matrix from, int64_t rows, int64_t columns, void* to, DType dtype, int64_t ld);
 

@@ -1,17 +1,12 @@
 #include "row_statistics.h"
 
 #include <cmath>
-#include <cstring>
 #include <vector>
+
+#include "scalar.h"
 
 namespace hlk {
 namespace {
-
-float bits_as_float(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
 
 template <DType D> struct Element;
 template <> struct Element<DType::f32> {
@@ -20,16 +15,11 @@ template <> struct Element<DType::f32> {
 };
 template <> struct Element<DType::bf16> {
     using Stored = uint16_t;
-    static float load(uint16_t value) { return bits_as_float(static_cast<uint32_t>(value) << 16); }
+    static float load(uint16_t value) { return float_of_bf16(value); }
 };
 template <> struct Element<DType::f16> {
     using Stored = uint16_t;
-    static float load(uint16_t half) {
-        const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, magnitude = half & 0x7FFF;
-        if (magnitude >= 0x7C00) return bits_as_float(sign | 0x7F800000 | (magnitude & 0x3FF) << 13);
-        if (magnitude >= 0x400) return bits_as_float(sign | ((magnitude << 13) + 0x38000000));
-        return bits_as_float(sign) + (sign ? -1.0f : 1.0f) * static_cast<float>(magnitude) * 0x1p-24f;
-    }
+    static float load(uint16_t value) { return float_of_f16(value); }
 };
 
 // What one element adds to the sums of its rank.
