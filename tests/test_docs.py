@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from helpers_search import adapter, llama_batch, make_net, net_batch, path_names, plain_llama
+from helpers_op import CASES, assert_same, dense, gradients, make_inputs, random_grads
+from helpers_search import (
+    adapter,
+    fill_B,
+    llama_batch,
+    make_llama,
+    make_net,
+    net_batch,
+    path_names,
+    plain_llama,
+    trainable,
+)
 
 import heterolora_kernels as hlk
-from heterolora_kernels import allocation, proxies
+from heterolora_kernels import allocation, backends, proxies
+from heterolora_kernels.ops.schema import Flags, Needs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -69,6 +83,84 @@ def test_extending_page_examples_work_in_a_search(registries):
                          kinds=dict.fromkeys(("a.q", "b.q", "a.v"), "lora"), max_ranks=dict.fromkeys(("a.q", "b.q", "a.v"), 8),
                          generator=torch.Generator())
     assert ranks == {"a.q": 0, "b.q": 8, "a.v": 8}
+
+
+@pytest.fixture(scope="module")
+def dense_backend(tmp_path_factory):
+    """The module of docs/backends.md, imported from a file of its own, and its second block."""
+    folder = tmp_path_factory.mktemp("backend")
+    module, use = _blocks("docs/backends.md")
+    (folder / "dense_backend.py").write_text(module)
+    sys.path.insert(0, str(folder))
+    try:
+        importlib.import_module("dense_backend")
+        yield use
+    finally:
+        sys.path.remove(str(folder))
+        sys.modules.pop("dense_backend", None)
+        backends._backends.pop("dense", None)
+        backends._preferred.clear()
+
+
+def test_backends_page_example_is_used_when_asked_for(dense_backend, capsys):
+    exec(dense_backend, {})
+    assert capsys.readouterr().out == "tensor(True)\n"
+    assert backends.resolve(torch.device("cpu")) != "dense" and "dense" in hlk.available_backends()
+
+
+def _op(name):
+    return getattr(torch.ops.heterolora_kernels, name)
+
+
+def _parts(result):
+    return [tensor for part in result for tensor in (part if isinstance(part, list) else [part])]
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_backends_page_example_keeps_the_contract(dense_backend, case):
+    inputs = make_inputs(case).requires_grad_()
+    truth = inputs.doubles().requires_grad_()
+    outs, expected = inputs.run(backend="dense"), dense(truth)
+    grads = random_grads(expected)
+    assert_same(outs, expected)
+    assert_same(gradients(outs, inputs, grads), gradients(expected, truth, grads))
+    # What is saved, the statistics and every need alone are the reference's; NaN in closed rows is neither read nor passed on.
+    first = 0
+    for a, b in zip(inputs.lora_A, inputs.lora_B):
+        closed = inputs.gate[first:first + len(a)] == 0
+        a.data[closed], b.data[:, closed], first = torch.nan, torch.nan, first + len(a)
+    for flags in (Flags.SAVE, Flags.SAVE | Flags.STATISTICS):
+        args = inputs.args(int(flags))
+        saved, usual = _op("lora_linear_dense")(*args), _op("lora_linear_reference")(*args)
+        torch.testing.assert_close(_parts(saved), _parts(usual), equal_nan=True)
+        for needs in (*Needs, Needs.X | Needs.LORA_B, sum(Needs)):
+            if needs & Needs.STATISTICS and not flags & Flags.STATISTICS:
+                continue
+            got, want = (_parts(_op(f"lora_linear_backward_{name}")(grads, *args, *usual[1:], int(needs)))
+                         for name in ("dense", "reference"))
+            torch.testing.assert_close(got, want, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_backends_page_example_serves_a_model_with_shortcuts(dense_backend, dtype):
+    results = []
+    for name in ("reference", "dense"):
+        model = fill_B(make_llama(dtype=dtype, shortcuts="all", lora_dropout=0.2, search="off"))
+        torch.manual_seed(3)
+        with hlk.use_backend(name):
+            loss = model(**llama_batch(0)).loss
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in trainable(model))])
+    rtol, atol = (1e-4, 1e-5) if dtype == torch.float32 else (0.05, 0.01)
+    torch.testing.assert_close(*results, rtol=rtol, atol=atol)
+
+
+def test_backends_page_example_agrees_with_its_fakes(dense_backend):
+    inputs = make_inputs(CASES["three_linears_four_paths"])
+    args = inputs.args(int(Flags.SAVE | Flags.STATISTICS))
+    torch.library.opcheck(_op("lora_linear_dense").default, args)
+    outs, hidden, mask = _op("lora_linear_dense")(*args)
+    torch.library.opcheck(_op("lora_linear_backward_dense").default, (random_grads(outs), *args, hidden, mask, int(sum(Needs))))
 
 
 def test_paper_page_examples_choose_a_quarter_and_train_from_fresh_weights():
