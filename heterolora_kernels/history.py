@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from heterolora_kernels._env import how_to_install
 from heterolora_kernels.config import SHORTCUT_SITES
 from heterolora_kernels.files import decode, encode, field_of, write_file
 from heterolora_kernels.names import split_path
@@ -104,7 +105,7 @@ def write_toml(path: str | os.PathLike, values: Mapping) -> None:
     try:
         import tomli_w
     except ImportError as error:
-        raise ImportError(f"TOML files need the extra 'train' (pip install 'heterolora-kernels[train]'): {error}") from error
+        raise ImportError(f"TOML files need the extra 'train' ({how_to_install('train')}): {error}") from error
     write_file(path, tomli_w.dumps(_without_none(values)).encode())
 
 

@@ -34,9 +34,29 @@ def _blocks(name: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), flags=re.DOTALL)
 
 
+def test_readme_quick_start_gives_peft_the_same_logits(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    block, shown = re.search(r"## Quick start.*?```python\n(.*?)```\n```\n(.*?)```", (ROOT / "README.md").read_text(),
+                             flags=re.DOTALL).groups()
+    assert block == _blocks("README.md")[0]
+    namespace = {}
+    exec(block, namespace)
+    said, expected = capsys.readouterr().out.splitlines(), shown.splitlines()
+    # Which paths are on may differ by the processor's rounding, and their parameters with them.
+    pattern = re.escape(expected[0]).replace("7,168", r"[\d,]+")
+    assert re.fullmatch(pattern, said[0]) and said[1].startswith("on: ") and said[2:] == expected[2:]
+    model, loaded, batch = (namespace[name] for name in ("model", "loaded", "batches"))
+    with torch.no_grad(), loaded.disable_adapter():
+        base = loaded(**batch[0]).logits
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch[0]).logits, model(**batch[0]).logits, rtol=0, atol=1e-5)
+        assert (loaded(**batch[0]).logits - base).abs().max() > 1e-2
+    assert sum(rank > 0 for rank in namespace["search"].ranks.values()) == 28 // 4
+
+
 def test_readme_trainer_example_chooses_ranks_and_exports(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (block, _) = _blocks("README.md")
+    (_, block, _) = _blocks("README.md")
     train_dataset = [{name: value[0] for name, value in llama_batch(seed, 1).items()} for seed in range(80)]
     namespace = {"model": plain_llama(), "train_dataset": train_dataset}
     exec(block, namespace)
@@ -50,7 +70,7 @@ def test_readme_trainer_example_chooses_ranks_and_exports(tmp_path, monkeypatch)
 
 def test_readme_loop_example_trains_and_comes_back(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (_, block) = _blocks("README.md")
+    (_, _, block) = _blocks("README.md")
     namespace = {"model": plain_llama(), "loader": [llama_batch(0)] * 320}
     exec(block, namespace)
     history = namespace["search"].history

@@ -171,8 +171,8 @@ def _cpu_missing() -> str | None:
     try:
         importlib.import_module("heterolora_kernels._C")
     except ModuleNotFoundError:
-        return ("the package was installed without its compiled kernels; with a C++ compiler at hand: "
-                "pip install --no-build-isolation heterolora_kernels")
+        return ("the package was installed without its compiled kernels; with a C++ compiler at hand, in a checkout: "
+                "pip install --no-build-isolation .")
     except ImportError as error:
         reason = str(error).splitlines()[0]
         return f"heterolora_kernels._C does not load with torch {torch.__version__} (build it again): {reason}"

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from heterolora_kernels._env import available_memory, cpu_isa
+from heterolora_kernels._env import available_memory, cpu_isa, how_to_install
 from heterolora_kernels._version import __version__
 from heterolora_kernels.allocation import allocate, available_allocators, get_allocator
 from heterolora_kernels.backends import available_backends, backend_remarks, extra, unavailable_backends
@@ -130,7 +130,7 @@ def skeleton(name: str) -> nn.Module:
     try:
         import transformers
     except ImportError as error:
-        raise ImportError(f"--model needs the extra 'train' (pip install 'heterolora-kernels[train]'): {error}") from error
+        raise ImportError(f"--model needs the extra 'train' ({how_to_install('train')}): {error}") from error
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         # Not left to the hub, which would complain about the form of the name.
         raise FileNotFoundError(f"--model: there is no folder {name}")
