@@ -195,6 +195,13 @@ def test_paper_page_examples_choose_a_quarter_and_train_from_fresh_weights():
     assert not any(bool(adapter(model, name).lora_B.any()) for name in path_names(model))
 
 
+def test_every_page_with_python_has_a_test_that_runs_it():
+    pages = ["README.md", "bench/README.md", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+    run = {name for test in ("test_docs.py", "test_guides.py") for name in pages
+           if name.rpartition("/")[2] in (ROOT / "tests" / test).read_text()}
+    assert {page for page in pages if _blocks(page)} <= run
+
+
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))])
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text()):
