@@ -153,8 +153,8 @@ class HeteroLoraCallback(TrainerCallback, ExportableState):
             raise ValueError(f"the Trainer would use nn.DataParallel on {args.n_gpu} GPUs, which shares what a forward captures "
                              "among threads: launch with torchrun or accelerate, or show it one GPU (CUDA_VISIBLE_DEVICES=0)")
         if getattr(args, "sync_ref_model", False):
-            raise ValueError("sync_ref_model=True: TRL copies parameters by position into a reference model that has no adapters, or "
-                             "other ranks; set it to False")
+            raise ValueError("sync_ref_model=True: TRL copies parameters by position into a reference model that has no adapters, "
+                             "or other ranks; set it to False")
         if getattr(args, "disable_dropout", False):
             # TRL turns off nn.Dropout alone.
             for linear in state.linears:
