@@ -16,6 +16,7 @@ from heterolora_kernels.patching import (
     invalidate,
     merge_heterolora,
     print_trainable_parameters,
+    reference_model,
     remove_heterolora,
     reset_adapters,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "lora_linear",
     "merge_heterolora",
     "print_trainable_parameters",
+    "reference_model",
     "register_allocator",
     "register_proxy",
     "remove_heterolora",

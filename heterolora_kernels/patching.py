@@ -5,6 +5,7 @@ Everything is planned and checked before the first module is touched; a failure 
 
 from __future__ import annotations
 
+import copy
 import math
 import weakref
 from collections.abc import Iterator, Sequence
@@ -433,9 +434,6 @@ def reset_adapters(model: nn.Module) -> None:
 
     Args:
         model: a patched model. Optimizers and heads of ``modules_to_save`` are not touched.
-
-    Raises:
-        ValueError: it is not patched.
     """
     state = state_of(model)
     for path in state.paths.values():
@@ -454,12 +452,6 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: a patched model, wrapped or not.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        ValueError: it is not patched.
     """
     switches = state_of(model).switches
     before, switches.enabled = switches.enabled, False
@@ -467,6 +459,40 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         switches.enabled = before
+
+
+def reference_model(model: nn.Module) -> nn.Module:
+    """The base model as a module of its own, in eval mode, that shares the frozen weights: ``DPOTrainer(model, ref_model=...)``.
+
+    It costs no memory but for heads of ``modules_to_save``, which are copied as they are now, and buffers. FSDP and DeepSpeed
+    take weights apart, which cannot be shared then.
+
+    Args:
+        model: a patched model, before a trainer has it.
+
+    Returns:
+        The copy.
+
+    Raises:
+        ValueError: the model is not patched, or its forward was replaced in the instance.
+    """
+    model = unwrap(model)
+    try:
+        check_swappable("", model)
+    except ValueError as error:
+        # A closure over the patched model's own forward, which a copy would still call.
+        raise ValueError("model has a forward in the instance, as a trainer puts one there: make the reference model before the "
+                         "trainer") from error
+    heads = state_of(model).config.heads
+    twin = copy.deepcopy(model, {id(parameter): parameter for name, parameter in model.named_parameters(remove_duplicate=False)
+                                 if not is_below(name.rpartition(".")[0], heads)})
+    # The flags of shared parameters are the patched model's.
+    state_of(twin).requires_grad.clear()
+    remove_heterolora(twin)
+    for name, parameter in twin.named_parameters():
+        if is_below(name.rpartition(".")[0], heads):
+            parameter.requires_grad_(False)
+    return twin.eval()
 
 
 @contextmanager

@@ -30,16 +30,28 @@ Metric = Callable[[nn.Module, Iterable], float]
 Result = TypeVar("Result")
 
 
-def default_loss(model: nn.Module, batch) -> Tensor:
-    """``model(**batch).loss``, the batch's tensors moved to the model's device."""
+_REMEDY = ("pass loss_fn, or use score='in_step', the only way where a trainer makes the model's inputs itself (as for DPO and "
+           "GRPO)")
+
+
+def inputs_of(model: nn.Module, batch) -> dict:
+    """A batch as keyword arguments, its tensors on the model's device.
+
+    Raises:
+        TypeError: it is no dictionary.
+    """
     if not isinstance(batch, Mapping):
         raise TypeError(f"loss_fn: the default, model(**batch).loss, needs batches that are dictionaries, got "
-                        f"{type(batch).__name__}; pass loss_fn to RankSearch")
+                        f"{type(batch).__name__}; {_REMEDY}")
     device = next(model.parameters()).device
-    batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    loss = model(**batch).loss
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def default_loss(model: nn.Module, batch) -> Tensor:
+    """``model(**batch).loss``, the batch's tensors moved to the model's device."""
+    loss = model(**inputs_of(model, batch)).loss
     if loss is None:
-        raise ValueError("loss_fn: model(**batch).loss is None (no labels in the batch?); pass loss_fn to RankSearch")
+        raise ValueError(f"loss_fn: model(**batch).loss is None (the batch has {sorted(batch)}); {_REMEDY}")
     return loss
 
 

@@ -47,7 +47,9 @@ class RankSearch:
         dataloader: batches for ``score="probe"``. A shuffling DataLoader is read through an own unshuffled twin, so that
             the head of the training set is scored.
         steps_per_epoch: optimizer steps of one epoch, for a float ``interval``.
-        scaler: a GradScaler whose scale is divided out of the statistics of training steps.
+        scaler: a GradScaler whose scale is divided out of the statistics of training steps; default: the one of an optimizer
+            that accelerate prepared. Such an optimizer also tells when gradients are being accumulated: :meth:`step` may be
+            called wherever its step is.
         loss_fn: ``loss_fn(model, batch) -> scalar``; default ``model(**batch).loss``.
         metric, eval_batches, greater_is_better, tolerance: what the proxy ``alpha_test`` measures, see
             :class:`heterolora_kernels.scoring.Measures`.
@@ -91,7 +93,8 @@ class RankSearch:
                                   eval_batches)
         self._dataloader = dataloader
         self._steps_per_epoch = steps_per_epoch
-        self._scaler = scaler
+        self._scaler = getattr(optimizer, "scaler", None) if scaler is None else scaler
+        self._accumulation = getattr(optimizer, "gradient_state", None)
         self.paths: list[str] = list(self._state.paths)
         self.history: list[dict] = []
         self._generator = torch.Generator().manual_seed(self.config.seed)
@@ -142,6 +145,9 @@ class RankSearch:
             Whether ranks were chosen in this call.
         """
         self._state.step_hooks.driven = True
+        if self._accumulation is not None and not self._accumulation.sync_gradients:
+            # accelerate's optimizer did nothing either: the statistics so far belong to a step that is still to come.
+            return False
         if self._window is not None:
             # What no optimizer hook has committed belongs to a step that was skipped.
             self._window.discard()

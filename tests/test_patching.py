@@ -459,3 +459,30 @@ def test_disabled_adapter_is_the_base_bit_for_bit(name):
     with pytest.raises(KeyboardInterrupt), hlk.disable_adapter(model):
         raise KeyboardInterrupt
     assert torch.equal(on, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt_norm_first", "gpt2", "bert"])
+def test_reference_model_is_the_base_on_the_same_weights(name):
+    model, inputs = make_patched(name, torch.float32).train(), make_inputs()
+    on, hooks = model.eval()(**inputs).logits, len(torch_optimizer._global_optimizer_pre_hooks)
+    flags = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
+    model.train()
+    reference = hlk.reference_model(model)
+    assert model.training and not any(module.training for module in reference.modules())
+    assert torch.equal(reference(**inputs).logits, make_model(name).eval()(**inputs).logits)
+    assert torch.equal(model.eval()(**inputs).logits, on)
+    assert {key: parameter.requires_grad for key, parameter in model.named_parameters()} == flags
+    assert len(torch_optimizer._global_optimizer_pre_hooks) == hooks
+    own = dict(model.named_parameters())
+    assert all(parameter is own[key] and not parameter.requires_grad for key, parameter in reference.named_parameters())
+    assert not [key for key in reference.state_dict() if "lora" in key]
+
+
+def test_reference_model_keeps_heads_as_they_were():
+    model = patch(make_model("llama"), modules_to_save=["lm_head"])
+    reference = hlk.reference_model(model)
+    before = reference.lm_head.weight.clone()
+    with torch.no_grad():
+        model.lm_head.weight.add_(1.0)
+    assert torch.equal(reference.lm_head.weight, before)
+    assert model.lm_head.weight.requires_grad and not reference.lm_head.weight.requires_grad
