@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState, GradientState
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "guides.md"
 
@@ -23,8 +24,21 @@ SECTIONS = _sections()
 [(COMMON, _)] = SECTIONS.pop("# Guides")
 
 
+def _reset_accelerate() -> None:
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """accelerate keeps its settings for the process: none of an earlier test, none for a later one."""
+    _reset_accelerate()
+    yield
+    _reset_accelerate()
+
+
 @pytest.mark.parametrize("heading", [heading for heading, blocks in SECTIONS.items() if blocks])
-def test_blocks_of_a_section_print_what_is_shown(heading, tmp_path, monkeypatch, capsys):
+def test_blocks_of_a_section_print_what_is_shown(heading, fresh_accelerate, tmp_path, monkeypatch, capsys):
     if heading.startswith("TRL"):
         pytest.importorskip("trl", reason="the guide to TRL needs trl (extra test)")
     monkeypatch.chdir(tmp_path)
