@@ -26,7 +26,7 @@ from heterolora_kernels.patching import count_parameters, state_of, unwrap
 from heterolora_kernels.peft_format import ADAPTER_NAMES
 from heterolora_kernels.planning import is_below
 from heterolora_kernels.save_and_load import NATIVE_NAME, write_native
-from heterolora_kernels.scoring import LossFunction, Metric, default_loss, inputs_of
+from heterolora_kernels.scoring import LossFunction, Metric, default_loss, inputs_of, loss_in
 from heterolora_kernels.search import RankSearch
 
 #: What the Trainer looks for in a checkpoint.
@@ -52,7 +52,8 @@ class HeteroLoraCallback(TrainerCallback, ExportableState):
         loss_fn, metric, eval_batches, greater_is_better, tolerance: as in :class:`~heterolora_kernels.search.RankSearch`. For
             ``score="probe"`` the default is the model's own loss, with the Trainer's label smoothing. A Trainer with another
             one (``compute_loss_func``, a ``compute_loss`` of its own) is not known here: pass the loss, or call
-            :meth:`attach`. Where batches are no inputs of the model (DPO, GRPO), use ``score="in_step"``.
+            :meth:`attach`; one that keeps the labels from the model is refused at the first step otherwise. Where batches are
+            no inputs of the model (DPO, GRPO), use ``score="in_step"``.
         dataloader: batches for ``score="probe"``; default: the head of the Trainer's training set, unshuffled, in its batches.
         adapter_only: checkpoints, ``trainer.save_model()`` and ``model.save_pretrained()`` write the adapter in the native
             format, which :func:`~heterolora_kernels.load_adapter` reads too, and not the base. False leaves the Trainer alone.
@@ -117,6 +118,8 @@ class HeteroLoraCallback(TrainerCallback, ExportableState):
             self.search.load_state_dict(self._state_in(state))
         else:
             self.search.start()
+        if self.search._measures.loss_fn is default_loss and self.search.runs_losses and not args.torch_compile:
+            _refuse_other_losses(unwrap(model))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if self.at_last_step or state.global_step < state.max_steps:
@@ -153,8 +156,8 @@ class HeteroLoraCallback(TrainerCallback, ExportableState):
             raise ValueError(f"the Trainer would use nn.DataParallel on {args.n_gpu} GPUs, which shares what a forward captures "
                              "among threads: launch with torchrun or accelerate, or show it one GPU (CUDA_VISIBLE_DEVICES=0)")
         if getattr(args, "sync_ref_model", False):
-            raise ValueError("sync_ref_model=True: TRL copies parameters by position into a reference model that has no adapters, "
-                             "or other ranks; set it to False")
+            raise ValueError("sync_ref_model=True: TRL copies parameters by position into a reference model, which has none of "
+                             "these adapters, or other ranks; set it to False")
         if getattr(args, "disable_dropout", False):
             # TRL turns off nn.Dropout alone.
             for linear in state.linears:
@@ -260,6 +263,18 @@ class _TrainerSide:
     def _is_own(self, name: str) -> bool:
         owner, _, leaf = name.rpartition(".")
         return leaf in ADAPTER_NAMES or is_below(owner, state_of(self._model).config.heads)
+
+
+def _refuse_other_losses(model: nn.Module) -> None:
+    """Raise in the first forward of training if it gives no loss: then the Trainer computes one that no probe uses."""
+    def hook(module: nn.Module, args: tuple, outputs) -> None:
+        if module.training:
+            handle.remove()
+            if loss_in(outputs) is None:
+                raise ValueError("loss_fn: the Trainer computes another loss than the model's own (compute_loss_func, or a "
+                                 "compute_loss of its own), which score='probe' would not use: pass it to HeteroLoraCallback, "
+                                 "call callback.attach(trainer), or use score='in_step'")
+    handle = model.register_forward_hook(hook)
 
 
 def _smoothed_loss(smoother: LabelSmoother) -> LossFunction:

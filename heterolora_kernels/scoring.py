@@ -47,9 +47,14 @@ def inputs_of(model: nn.Module, batch) -> dict:
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
+def loss_in(outputs) -> Tensor | None:
+    """A model's loss: an attribute, or an entry of a dictionary."""
+    return outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+
+
 def default_loss(model: nn.Module, batch) -> Tensor:
     """``model(**batch).loss``, the batch's tensors moved to the model's device."""
-    loss = model(**inputs_of(model, batch)).loss
+    loss = loss_in(model(**inputs_of(model, batch)))
     if loss is None:
         raise ValueError(f"loss_fn: model(**batch).loss is None (the batch has {sorted(batch)}); {_REMEDY}")
     return loss

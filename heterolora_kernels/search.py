@@ -118,6 +118,12 @@ class RankSearch:
         """``{path: active rows}``."""
         return {name: sum(path.active_rows()) for name, path in self._state.paths.items()}
 
+    @property
+    def runs_losses(self) -> bool:
+        """Whether reallocations differentiate ``loss_fn`` on batches of the dataloader."""
+        return (self.config.search != "off" and self._score_of(self._proxy) == "probe" and self._proxy.needs_data
+                and not self._proxy.own_pass)
+
     def start(self) -> None:
         """Make the first allocation; a second call does nothing.
 

@@ -164,6 +164,8 @@ def test_loss_of_the_trainer_is_the_loss_of_a_probe(tmp_path):
     half = {name: pytest.approx(score / 2, rel=1e-4) for name, score in own.items()}
     assert scores(cls=Halving, is_attached=True) == half
     assert scores(loss=halved, is_attached=True) == half
+    with pytest.raises(ValueError, match=r"loss_fn: .*compute_loss_func.*attach.*in_step"):
+        scores(loss=halved)
 
 
 def test_probe_reads_the_head_of_the_training_set_and_leaves_the_order_alone(tmp_path):
@@ -548,7 +550,7 @@ def test_plain_module_trains(tmp_path):
             return {"loss": nn.functional.cross_entropy(self.second(self.first(x).relu()), labels)}
 
     torch.manual_seed(0)
-    model = hlk.apply_heterolora(Net(), hlk.HeteroLoraConfig(r=2, interval=2, budget=0.5))
+    model = hlk.apply_heterolora(Net(), hlk.HeteroLoraConfig(r=2, interval=2, budget=0.5, score="probe"))
     data = [{"x": torch.randn(3), "labels": torch.tensor(i % 2)} for i in range(8)]
     callback = HeteroLoraCallback()
     make_trainer(tmp_path, model, data, callback, save_strategy="steps", save_steps=5).train()
