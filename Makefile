@@ -43,7 +43,7 @@ sanitize: $(VENV)/.test
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(abspath $(VENV))/bin/python -m pytest tests/test_cpu_kernels.py tests/test_packing.py $(ARGS)
 
-# Ratios to the frozen linear and to PEFT on this machine; ARGS="--quick" for two minutes instead of fourteen.
+# Ratios to the frozen linear and to PEFT on this machine; ARGS="--quick" for two minutes instead of fifteen.
 bench: $(VENV)/.bench
 	$(VENV)/bin/heterolora bench $(ARGS)
 

@@ -50,7 +50,7 @@ TARGET = ("SmolLM-135M_gate_up", "SmolLM-135M_down", "BERT-base_attention", "OPT
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's flags."""
     add = parser.add_argument
-    add("--quick", action="store_true", help="fewer cases and rounds: about two minutes instead of fourteen")
+    add("--quick", action="store_true", help="fewer cases and rounds: about two minutes instead of fifteen")
     add("--filter", metavar="EXPR", help="cases to run, as pytest's -k ('shapes and bfloat16'); blocks: " + ", ".join(_TITLES))
     add("--backend", metavar="NAME", help="backend to measure (default: the one that would be chosen)")
     add("--isa", metavar="NAME", help="hold the cpu backend and PyTorch to one instruction set (few shapes)")
