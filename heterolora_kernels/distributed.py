@@ -1,17 +1,30 @@
-"""Agreement among the processes of a job; every function is the identity without one."""
+"""Agreement among the processes of a job, and the parts that they hold of sharded tensors.
+
+Every function is the identity without a job, and for tensors that are whole. Sharded tensors are the DTensors of FSDP2
+(``torch.distributed.fsdp.fully_shard``); in which way they are sharded is theirs to say.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+Result = TypeVar("Result")
 
 
 def world_size() -> int:
     """Processes of the default group, 1 without one."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes."""
+    return world_size() == 1 or dist.get_rank() == 0
 
 
 def sum_(tensor: Tensor) -> Tensor:
@@ -46,8 +59,104 @@ def any_process(flag: bool, device: torch.device) -> bool:
     return bool(value.item())
 
 
+def on_every_process(function: Callable[[], Result], device: torch.device) -> Result:
+    """``function()``; if it fails on one process all raise, for one that left alone would let the others wait in a collective.
+
+    Not for functions with collectives of their own.
+    """
+    result, failure = None, None
+    try:
+        result = function()
+    except Exception as error:
+        failure = error
+    if any_process(failure is not None, device):
+        raise failure or RuntimeError("scoring failed on another process; no rank was changed")
+    return result
+
+
 def broadcast_(tensor: Tensor) -> Tensor:
     """The first process's values everywhere, in place."""
     if world_size() > 1:
         dist.broadcast(tensor, src=0)
     return tensor
+
+
+# ---- sharded tensors ----
+
+
+def _loaded(module: str, name: str) -> type | tuple:
+    """A class of torch.distributed, or what nothing is an instance of: before its module is imported there are none."""
+    return getattr(sys.modules.get(f"torch.distributed.{module}"), name, ())
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether a tensor is spread over processes."""
+    return isinstance(tensor, _loaded("tensor", "DTensor"))
+
+
+def wrapper_of(model: nn.Module) -> str | None:
+    """``"FSDP2"``, ``"FSDP1"`` or ``"DTensor"`` (tensor parallelism) where that holds the model's parameters, else None."""
+    fsdp2, fsdp1 = _loaded("fsdp", "FSDPModule"), _loaded("fsdp", "FullyShardedDataParallel")
+    for module in model.modules():
+        if isinstance(module, fsdp2):
+            return "FSDP2"
+        if isinstance(module, fsdp1):
+            return "FSDP1"
+    return "DTensor" if any(map(is_dtensor, model.parameters())) else None
+
+
+def reduces(model: nn.Module, parameters: Sequence[Tensor]) -> bool:
+    """False where the model is wrapped by DDP, and its reducer does not know these parameters."""
+    # Nothing public tells which it knows; without the attribute there is no saying.
+    known = getattr(model, "_module_parameters", None)
+    if not isinstance(model, nn.parallel.DistributedDataParallel) or known is None:
+        return True
+    return {id(p) for p in parameters} <= {id(p) for p in known}
+
+
+def reshard(model: nn.Module) -> None:
+    """Let every FSDP2 module hold its sharded parameters: a forward without a backward leaves those of the root gathered."""
+    for module in model.modules():
+        if isinstance(module, _loaded("fsdp", "FSDPModule")):
+            module.reshard()
+
+
+def reduces_gradients(model: nn.Module) -> bool:
+    """Whether every FSDP2 module reduces its gradients in the next backward: not so in the midst of an accumulation."""
+    modules = [module for module in model.modules() if isinstance(module, _loaded("fsdp", "FSDPModule"))]
+    # Nothing public tells. Up to torch 2.12 a module had one group or none.
+    states = [module._get_fsdp_state() for module in modules]
+    groups = [group for state in states for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]]
+    return all(group.reduce_grads for group in groups if group is not None)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor, detached; a collective where it is sharded."""
+    return tensor.detach().full_tensor() if is_dtensor(tensor) else tensor.detach()
+
+
+@torch.no_grad()
+def local_part(tensor: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+    """What this process holds of a tensor, as a view of it, and where that lies in the whole."""
+    if not is_dtensor(tensor):
+        return tensor.detach(), tuple(slice(0, size) for size in tensor.shape)
+    # Imported here because it takes long, and whoever has a DTensor has it already.
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    local = tensor.to_local()
+    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return local, tuple(slice(first, first + size) for first, size in zip(offsets, local.shape))
+
+
+def is_first_copy(tensor: Tensor) -> bool:
+    """Whether no process before this one holds the same part of a sharded tensor (HSDP replicates shards)."""
+    if not is_dtensor(tensor):
+        return True
+    place = tensor.device_mesh.get_coordinate()
+    return place is not None and not any(index for index, how in zip(place, tensor.placements) if how.is_replicate())
+
+
+def copy_(target: Tensor, values: Tensor) -> None:
+    """Write a whole tensor into one that may be sharded."""
+    local, where = local_part(target)
+    local.copy_(values[where])
