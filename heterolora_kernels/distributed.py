@@ -59,10 +59,11 @@ def any_process(flag: bool, device: torch.device) -> bool:
     return bool(value.item())
 
 
-def on_every_process(function: Callable[[], Result], device: torch.device) -> Result:
+def on_every_process(function: Callable[[], Result], device: torch.device,
+                     failed: str = "scoring failed on another process; no rank was changed") -> Result:
     """``function()``; if it fails on one process all raise, for one that left alone would let the others wait in a collective.
 
-    Not for functions with collectives of their own.
+    Not for functions with collectives of their own. ``failed``: what those say that did not fail.
     """
     result, failure = None, None
     try:
@@ -70,7 +71,7 @@ def on_every_process(function: Callable[[], Result], device: torch.device) -> Re
     except Exception as error:
         failure = error
     if any_process(failure is not None, device):
-        raise failure or RuntimeError("scoring failed on another process; no rank was changed")
+        raise failure or RuntimeError(failed)
     return result
 
 

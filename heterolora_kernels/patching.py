@@ -120,6 +120,15 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_patched(model: nn.Module) -> bool:
+    """Whether a model, wrapped or not, is patched."""
+    try:
+        unwrap(model)
+    except ValueError:
+        return False
+    return True
+
+
 def state_of(model: nn.Module) -> HeteroLoraState:
     """The patched model's state.
 

@@ -28,6 +28,7 @@ from heterolora_kernels.patching import (
     HeteroLoraState,
     apply_heterolora,
     check_mergeable,
+    is_patched,
     merged_weight,
     remove_heterolora,
     state_of,
@@ -328,7 +329,6 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, search: Rank
                  check_base: bool = True) -> nn.Module:
     """Load what :func:`save_adapter` wrote, or a LoRA adapter of PEFT.
 
-    Every process of a distributed job loads for itself.
     A model that is not patched is patched first: with the saved config, or with the PEFT adapter's modules, ranks, scalings,
     heads and dropout, and ``search="off"``. The paths of a patched one must be those of the folder; they are overwritten.
 
@@ -343,27 +343,22 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, search: Rank
     Raises:
         FileNotFoundError, ValueError: name the file and the field, or what does not fit. The model is then as it was.
     """
-    folder = files.find_folder(directory)
-    is_native = (folder / NATIVE_NAME).exists()
-    if not is_native and not (folder / peft_format.CONFIG_NAME).exists():
-        raise FileNotFoundError(f"directory: {folder} has neither {NATIVE_NAME} nor {peft_format.CONFIG_NAME}")
-    is_patched = _is_patched(model)
-    if search is not None and not is_patched:
+    patched = is_patched(model)
+    if search is not None and not patched:
         raise ValueError("search belongs to another model, for this one is not patched: load first, then build it")
     if search is not None:
         _check_search(state_of(model), search)
-    if is_native:
-        saved = _read_native(folder)
-    else:
-        adapter = peft_format.read_peft(folder)
-        if not is_patched:
-            return apply_heterolora(model, HeteroLoraConfig(
-                r=adapter.config["r"], lora_alpha=adapter.config["lora_alpha"], use_rslora=adapter.is_rslora,
-                lora_dropout=adapter.dropout, modules_to_save=(), search="off", init_from=folder))
-        saved = _from_peft(adapter, unwrap(model))
+    # Loading into shards is a collective: all processes have read the files, or none begins.
+    together = patched and distributed.wrapper_of(model) is not None
+    saved = _read(directory, model if patched else None) if not together else distributed.on_every_process(
+        lambda: _read(directory, model), state_of(model).device, "the adapter was not read on another process; none was loaded")
+    if isinstance(saved, PeftAdapter):
+        return apply_heterolora(model, HeteroLoraConfig(
+            r=saved.config["r"], lora_alpha=saved.config["lora_alpha"], use_rslora=saved.is_rslora, lora_dropout=saved.dropout,
+            modules_to_save=(), search="off", init_from=files.find_folder(directory)))
     if search is not None and saved.search is None:
         raise ValueError(f"search: {saved.file} holds no state of a search")
-    if is_patched:
+    if patched:
         _load(model, saved, search, check_base)
         return model
     try:
@@ -378,6 +373,17 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, search: Rank
     return model
 
 
+def _read(directory: str | os.PathLike, model: nn.Module | None) -> _Saved | PeftAdapter:
+    """What a folder holds; a PEFT adapter in the native format's terms where there is a patched ``model``."""
+    folder = files.find_folder(directory)
+    if (folder / NATIVE_NAME).exists():
+        return _read_native(folder)
+    if not (folder / peft_format.CONFIG_NAME).exists():
+        raise FileNotFoundError(f"directory: {folder} has neither {NATIVE_NAME} nor {peft_format.CONFIG_NAME}")
+    adapter = peft_format.read_peft(folder)
+    return adapter if model is None else _from_peft(adapter, unwrap(model))
+
+
 def load_search_state(directory: str | os.PathLike) -> dict:
     """The state for ``search.load_state_dict``, of a folder in the native format.
 
@@ -389,14 +395,6 @@ def load_search_state(directory: str | os.PathLike) -> dict:
     if state is None:
         raise ValueError(f"{file}: field 'search' is null: the adapter was saved without a search")
     return state
-
-
-def _is_patched(model: nn.Module) -> bool:
-    try:
-        unwrap(model)
-    except ValueError:
-        return False
-    return True
 
 
 def _from_peft(adapter: PeftAdapter, model: nn.Module) -> _Saved:
@@ -500,7 +498,7 @@ def _misfits(state: HeteroLoraState, saved: _Saved, own: Mapping[str, Tensor]) -
 def _check_base(model: nn.Module, state: HeteroLoraState, saved: _Saved) -> None:
     weights = _base_weights(model, state)
     # In one order on every process: a sharded weight is gathered.
-    for name in [name for name in weights if name in saved.base]:
+    for name in (name for name in weights if name in saved.base):
         (dtype, values), weight = saved.base[name], weights[name]
         _, found = _read_sample(_sample(weight), name)
         kinds = () if weight.dtype == dtype else (torch.finfo(weight.dtype), torch.finfo(dtype))
