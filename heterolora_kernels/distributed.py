@@ -7,7 +7,7 @@ Every function is the identity without a job, and for tensors that are whole. Sh
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -95,6 +95,12 @@ def is_dtensor(tensor: Tensor) -> bool:
     return isinstance(tensor, _loaded("tensor", "DTensor"))
 
 
+def count_dtensors(tensors: Iterable[Tensor]) -> int:
+    """How many of the tensors are spread over processes."""
+    cls = _loaded("tensor", "DTensor")
+    return sum([isinstance(tensor, cls) for tensor in tensors])
+
+
 def wrapper_of(model: nn.Module) -> str | None:
     """``"FSDP2"``, ``"FSDP1"`` or ``"DTensor"`` (tensor parallelism) where that holds the model's parameters, else None."""
     fsdp2, fsdp1 = _loaded("fsdp", "FSDPModule"), _loaded("fsdp", "FullyShardedDataParallel")
@@ -103,7 +109,7 @@ def wrapper_of(model: nn.Module) -> str | None:
             return "FSDP2"
         if isinstance(module, fsdp1):
             return "FSDP1"
-    return "DTensor" if any(map(is_dtensor, model.parameters())) else None
+    return "DTensor" if count_dtensors(model.parameters()) else None
 
 
 def reduces(model: nn.Module, parameters: Sequence[Tensor]) -> bool:
@@ -125,7 +131,7 @@ def reshard(model: nn.Module) -> None:
 def reduces_gradients(model: nn.Module) -> bool:
     """Whether every FSDP2 module reduces its gradients in the next backward: not so in the midst of an accumulation."""
     modules = [module for module in model.modules() if isinstance(module, _loaded("fsdp", "FSDPModule"))]
-    # Nothing public tells. Up to torch 2.12 a module had one group or none.
+    # Nothing public tells. In older versions of torch a module has one group or none.
     states = [module._get_fsdp_state() for module in modules]
     groups = [group for state in states for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]]
     return all(group.reduce_grads for group in groups if group is not None)

@@ -21,7 +21,7 @@ from torch.optim.optimizer import (
 )
 
 from heterolora_kernels.allocation import get_allocator
-from heterolora_kernels.distributed import is_dtensor, local_part
+from heterolora_kernels.distributed import count_dtensors, local_part
 from heterolora_kernels.layers import Path
 
 #: Optimizer steps after which a dynamic search that nobody drives is reported.
@@ -38,7 +38,7 @@ def _paths_of(optimizer: Optimizer, state) -> list[Path]:
     """The paths whose parameters the optimizer holds."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     paths = list(state.paths.values())
-    if any(map(is_dtensor, parameters)) and not all(is_dtensor(path.lora_A) for path in paths):
+    if count_dtensors(parameters) and count_dtensors(path.lora_A for path in paths) < len(paths):
         # An evaluation since the backward has left parameters gathered, in the places of those that are stepped.
         state.reshard()
     held = set(map(id, parameters))

@@ -108,6 +108,18 @@ def alpha_test(rank):
     return search.score(batches(rank), proxy="alpha_test")
 
 
+def static(rank, early=False):
+    """A static search, built after the model was sharded or before it, and a training step."""
+    model = make_llama(dtype=torch.float64, search="static")
+    model = model if early else shard(model)
+    search = hlk.RankSearch(model, dataloader=batches(rank))
+    model = shard(model) if early else model
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+    search.start()
+    train_step(model, optimizer, llama_batch(rank), search)
+    return search.ranks, full_parameters(model)
+
+
 def probe_leaves_no_trace(rank):
     """Half accumulated gradients and a hook on a parameter: before and after a probe."""
     model = shard(make_llama())
@@ -281,6 +293,8 @@ SCENARIOS = {
     "scores": probe_scores,
     "hybrid": hybrid_scores,
     "alpha_test": alpha_test,
+    "static": static,
+    "static-early": lambda rank: static(rank, early=True),
     "trace": probe_leaves_no_trace,
     "messages": messages,
     "files": files,
@@ -347,6 +361,18 @@ def test_alpha_test_measures_the_sharded_model(job):
     search = hlk.RankSearch(make_llama(dtype=torch.float64), metric=negative_loss, tolerance=0.02)
     alone = search.score([joined(pair) for pair in zip(batches(0), batches(1))], proxy="alpha_test")
     assert first == second == alone and 0 < sum(alone.values()) < 10 * len(alone)
+
+
+@pytest.mark.parametrize("name", ["static", "static-early"])
+def test_static_search_is_that_of_one_process(job, name):
+    model = make_llama(dtype=torch.float64, search="static")
+    search = hlk.RankSearch(model, dataloader=[joined(pair) for pair in zip(batches(0), batches(1))])
+    search.start()
+    train_step(model, torch.optim.SGD(trainable(model), lr=0.1), joined([llama_batch(0), llama_batch(1)]), search)
+    for ranks, parameters in job(name):
+        assert ranks == search.ranks and len(set(ranks.values())) > 1
+        for parameter, values in full_parameters(model).items():
+            torch.testing.assert_close(parameters[parameter], values, rtol=1e-9, atol=1e-12)
 
 
 def test_a_probe_leaves_gradients_and_hooks(job):
