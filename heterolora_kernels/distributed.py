@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from heterolora_kernels.layers import Path
+
 Result = TypeVar("Result")
 
 
@@ -103,34 +105,51 @@ def count_dtensors(tensors: Iterable[Tensor]) -> int:
 
 def wrapper_of(model: nn.Module) -> str | None:
     """``"FSDP2"``, ``"FSDP1"`` or ``"DTensor"`` (tensor parallelism) where that holds the model's parameters, else None."""
-    fsdp2, fsdp1 = _loaded("fsdp", "FSDPModule"), _loaded("fsdp", "FullyShardedDataParallel")
     for module in model.modules():
-        if isinstance(module, fsdp2):
+        if is_fsdp(module):
             return "FSDP2"
-        if isinstance(module, fsdp1):
+        if isinstance(module, _loaded("fsdp", "FullyShardedDataParallel")):
             return "FSDP1"
     return "DTensor" if count_dtensors(model.parameters()) else None
 
 
-def reduces(model: nn.Module, parameters: Sequence[Tensor]) -> bool:
-    """False where the model is wrapped by DDP, and its reducer does not know these parameters."""
-    # Nothing public tells which it knows; without the attribute there is no saying.
-    known = getattr(model, "_module_parameters", None)
-    if not isinstance(model, nn.parallel.DistributedDataParallel) or known is None:
-        return True
-    return {id(p) for p in parameters} <= {id(p) for p in known}
+def is_fsdp(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was called on the module."""
+    return isinstance(module, _loaded("fsdp", "FSDPModule"))
+
+
+def check_wrapped(model: nn.Module, paths: Sequence[Path]) -> bool:
+    """Whether the model is sharded.
+
+    Raises:
+        ValueError: its wrapper does not know the adapters, or holds them in a way in which they have no rows.
+    """
+    wrapper = wrapper_of(model)
+    if wrapper == "FSDP1":
+        raise ValueError("model is wrapped by FullyShardedDataParallel, which flattens parameters: an adapter has no rows there; "
+                         "use torch.distributed.fsdp.fully_shard (FSDP2) or DistributedDataParallel")
+    # Nothing public tells which parameters DDP reduces; without the attribute there is no saying.
+    known = getattr(model, "_module_parameters", None) if isinstance(model, nn.parallel.DistributedDataParallel) else None
+    if known is not None and not {id(path.lora_A) for path in paths} <= {id(p) for p in known}:
+        raise ValueError("model was wrapped by DistributedDataParallel before apply_heterolora: it would not reduce the "
+                         "adapters' gradients; patch first, then wrap")
+    alone = [path.name for path in paths if path.site is not None and is_fsdp(path.holder)]
+    if alone:
+        raise ValueError(f"model: the shortcut {alone[0]!r} is a fully_shard group of its own, and its parameters are used in "
+                         "its layer's forward: let the group of its layer hold them")
+    return wrapper is not None
 
 
 def reshard(model: nn.Module) -> None:
     """Let every FSDP2 module hold its sharded parameters: a forward without a backward leaves those of the root gathered."""
     for module in model.modules():
-        if isinstance(module, _loaded("fsdp", "FSDPModule")):
+        if is_fsdp(module):
             module.reshard()
 
 
 def reduces_gradients(model: nn.Module) -> bool:
     """Whether every FSDP2 module reduces its gradients in the next backward: not so in the midst of an accumulation."""
-    modules = [module for module in model.modules() if isinstance(module, _loaded("fsdp", "FSDPModule"))]
+    modules = [module for module in model.modules() if is_fsdp(module)]
     # Nothing public tells. In older versions of torch a module has one group or none.
     states = [module._get_fsdp_state() for module in modules]
     groups = [group for state in states for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]]

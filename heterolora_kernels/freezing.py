@@ -37,11 +37,10 @@ def _closure_of(args: tuple, kwargs: dict):
 def _paths_of(optimizer: Optimizer, state) -> list[Path]:
     """The paths whose parameters the optimizer holds."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    paths = list(state.paths.values())
-    if count_dtensors(parameters) and count_dtensors(path.lora_A for path in paths) < len(paths):
+    held, paths = set(map(id, parameters)), list(state.paths.values())
+    if count_dtensors(parameters) and not all([id(path.lora_A) in held and id(path.lora_B) in held for path in paths]):
         # An evaluation since the backward has left parameters gathered, in the places of those that are stepped.
         state.reshard()
-    held = set(map(id, parameters))
     return [path for path in paths if id(path.lora_A) in held or id(path.lora_B) in held]
 
 

@@ -68,7 +68,10 @@ class RankSearch:
                  greater_is_better: bool | None = None, tolerance: float = 0.01):
         self._model = model
         self._state = state_of(model)
-        self._check_wrapper()
+        if distributed.check_wrapped(model, list(self._state.paths.values())):
+            distributed.reshard(model)
+            # A pack would be a copy of the whole weight on every process, and the gathered weight is another one each time.
+            self._state.switches.packing.mode = "off"
         self.config = self._state.config
         self._proxy = get_proxy(self.config.proxy)
         self._per_rank = get_allocator(self.config.ranks).per_rank
@@ -314,20 +317,6 @@ class RankSearch:
     def _check_patched(self) -> None:
         if state_of(self._model) is not self._state:
             raise ValueError("model was patched anew after this search was built: build another RankSearch")
-
-    def _check_wrapper(self) -> None:
-        """Refuse wrappers that do not know the adapters, or hold them in a way in which they have no rows."""
-        wrapper, adapters = distributed.wrapper_of(self._model), [path.lora_A for path in self._state.paths.values()]
-        if wrapper == "FSDP1":
-            raise ValueError("model is wrapped by FullyShardedDataParallel, which flattens parameters: an adapter has no rows "
-                             "there; use torch.distributed.fsdp.fully_shard (FSDP2) or DistributedDataParallel")
-        if not distributed.reduces(self._model, adapters):
-            raise ValueError("model was wrapped by DistributedDataParallel before apply_heterolora: it would not reduce the "
-                             "adapters' gradients; patch first, then wrap")
-        if wrapper is not None:
-            distributed.reshard(self._model)
-            # A pack would be a copy of the whole weight on every process, and the gathered weight is another one each time.
-            self._state.switches.packing.mode = "off"
 
     def _eligible(self) -> list[str]:
         return [name for name, path in self._state.paths.items() if self.config.mode != "lora_only" or path.kind == "lora"]

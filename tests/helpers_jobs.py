@@ -109,8 +109,10 @@ def fit(wrap: Callable | None = None, rank: int = 0, *, steps: int = 5, accumula
     for step in range(steps):
         optimizer.zero_grad()
         for micro in range(accumulate):
-            waits = hasattr(wrapped, "no_sync") and micro + 1 < accumulate
-            with wrapped.no_sync() if waits else nullcontext():
+            is_last = micro + 1 == accumulate
+            if hasattr(wrapped, "set_requires_gradient_sync"):
+                wrapped.set_requires_gradient_sync(is_last)
+            with wrapped.no_sync() if hasattr(wrapped, "no_sync") and not is_last else nullcontext():
                 for part in parts:
                     wrapped(**llama_batch(WORLD * (accumulate * step + micro) + part)).loss.backward()
         if wrap is None:

@@ -46,6 +46,14 @@ def root(model):
     return shard(model, per_layer=False)
 
 
+def every_linear(model):
+    """Linears in groups of their own; a shortcut stays in its layer's."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            fully_shard(module, mesh=init_device_mesh("cpu", (WORLD,)))
+    return shard(model)
+
+
 def bf16_policy(model):
     return shard(model, mp_policy=BF16)
 
@@ -60,6 +68,9 @@ TRAININGS = {
     # An evaluation between backward and step leaves the root's parameters gathered, and with them all adapters.
     "graded-reset-probe-root": (root, {"ranks": "graded", "on_reactivate": "reset", "score": "probe", "evaluates": True}),
     "reset-separated": (shard, {"on_reactivate": "reset", "mode": "separated"}),
+    # One process holds the row, the other none.
+    "rank-one": (shard, {"r": 1, "shortcut_r": 1, "score": "probe", "on_reactivate": "reset"}),
+    "graded-every-linear": (every_linear, {"ranks": "graded"}),
     "accumulate": (shard, {"accumulate": 2}),
     "checkpointing": (shard, {"reentrant": False}),
 }
@@ -148,6 +159,11 @@ def messages(rank):
         if rank == 1:
             raise KeyError("no such file")
 
+    def shortcut_alone():
+        patched = make_llama()
+        fully_shard(patched.model.layers[0].residual_1, mesh=init_device_mesh("cpu", (WORLD,)))
+        hlk.RankSearch(shard(patched))
+
     def unreduced():
         model.set_requires_gradient_sync(False)
         try:
@@ -165,6 +181,7 @@ def messages(rank):
         "unequal-metric": lambda: search.score(batches(rank, 1 + rank), proxy="alpha_test", metric=negative_loss),
         "empty": lambda: search.score([], score="probe"),
         "unreduced": unreduced,
+        "shortcut": shortcut_alone,
         "synflow": lambda: search.score(batches(rank), proxy="synflow"),
         "remove": lambda: hlk.remove_heterolora(model),
         "merge": lambda: hlk.merge_heterolora(model, drop_shortcuts=True),
@@ -387,6 +404,8 @@ def test_a_probe_leaves_gradients_and_hooks(job):
     pytest.param("unequal-metric", None, "ValueError: eval_batches must be as many", id="unequal-metric"),
     pytest.param("empty", "ValueError: batches is empty", None, id="empty"),
     pytest.param("unreduced", "RuntimeError: model accumulates gradients without reducing them", None, id="unreduced"),
+    pytest.param("shortcut", "ValueError: model: the shortcut 'model.layers.0.residual_1' is a fully_shard group", None,
+                 id="shortcut"),
     pytest.param("synflow", "ValueError: synflow puts absolute copies", None, id="synflow"),
     pytest.param("remove", "ValueError: model is sharded", None, id="remove"),
     pytest.param("merge", "ValueError: model is sharded", None, id="merge"),
