@@ -196,6 +196,9 @@ class PathSet:
         # Whoever writes a mask in place (an averaged copy of the model, say) is followed. A compiled graph is not asked.
         if torch.compiler.is_compiling():
             return derived
+        if derived.gate.device != device:
+            # Moved by a write to `.data`, as FSDP2 brings a model to its devices.
+            derived = self.derive(device)
         for path, (mask, version) in zip(self.paths, derived.written):
             if path.mask is not mask or mask._version != version:
                 self.write_masks()

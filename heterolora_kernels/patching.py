@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from heterolora_kernels import distributed
 from heterolora_kernels.config import HeteroLoraConfig
 from heterolora_kernels.freezing import StepHooks
 from heterolora_kernels.grouping import GROUPS, LinearGroup
@@ -73,6 +74,10 @@ class HeteroLoraState:
     requires_grad: dict[str, bool] = field(default_factory=dict)
     step_hooks: StepHooks = field(default_factory=StepHooks)
     overrides: list[str] = field(default_factory=list)
+    _model: weakref.ref | None = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_model": None}
 
     def __post_init__(self) -> None:
         self._register_hooks()
@@ -90,6 +95,16 @@ class HeteroLoraState:
         """Where numbers about all paths are brought together: the first path's device."""
         return next(iter(self.paths.values())).lora_A.device
 
+    def belongs_to(self, model: nn.Module) -> None:
+        """Know the model, also as a copy."""
+        self._model = weakref.ref(model)
+
+    def reshard(self) -> None:
+        """Let FSDP2 put the sharded parameters in their places, those that optimizers hold."""
+        model = None if self._model is None else self._model()
+        if model is not None:
+            distributed.reshard(model)
+
     def write_masks(self) -> None:
         """Bring the derived tensors of every module in line with the masks."""
         for module in self.linears:
@@ -106,13 +121,25 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_patched(model: nn.Module) -> bool:
+    """Whether a model, wrapped or not, is patched."""
+    try:
+        unwrap(model)
+    except ValueError:
+        return False
+    return True
+
+
 def state_of(model: nn.Module) -> HeteroLoraState:
     """The patched model's state.
 
     Raises:
         ValueError: the model is not patched.
     """
-    return unwrap(model).__dict__[_STATE]
+    inner = unwrap(model)
+    state = inner.__dict__[_STATE]
+    state.belongs_to(inner)
+    return state
 
 
 class _Patcher:
@@ -271,6 +298,10 @@ def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or hasattr(model, "_orig_mod"):
         raise ValueError(f"model is wrapped ({type(model).__name__}): call apply_heterolora first, then wrap or compile; a "
                          "wrapper made before does not know the adapters")
+    wrapper = distributed.wrapper_of(model)
+    if wrapper is not None:
+        raise ValueError(f"model is already sharded ({wrapper}): call apply_heterolora first, then fully_shard, which would not "
+                         "know adapters that come later; tensor parallelism is not supported")
     if torch.is_inference_mode_enabled():
         raise RuntimeError("apply_heterolora was called under torch.inference_mode: adapters made there can never be trained")
     if any(is_swapped(module) for module in model.modules()):
@@ -346,6 +377,7 @@ def remove_heterolora(model: nn.Module) -> nn.Module:
     """
     model = unwrap(model)
     state = state_of(model)
+    _refuse_sharded(model, "remove_heterolora")
     state.step_hooks.remove()
     for module, hook_id in state.hooks:
         module._forward_pre_hooks.pop(hook_id, None)
@@ -372,6 +404,12 @@ def remove_heterolora(model: nn.Module) -> nn.Module:
     return model
 
 
+def _refuse_sharded(model: nn.Module, what: str) -> None:
+    if distributed.wrapper_of(model) is not None:
+        raise ValueError(f"model is sharded, and FSDP cannot let go of parameters: {what} must be called before it is; "
+                         "save_adapter (format='merged' for whole weights) works after it")
+
+
 def merge_heterolora(model: nn.Module, drop_shortcuts: bool = False) -> nn.Module:
     """Add every active LoRA path to its weight, ``W += s B A`` over the active rows, and remove the patch.
 
@@ -387,6 +425,7 @@ def merge_heterolora(model: nn.Module, drop_shortcuts: bool = False) -> nn.Modul
         ValueError: shortcuts are active, a weight is shared with another module, or a merged weight would not be finite.
             The model is then as it was.
     """
+    _refuse_sharded(unwrap(model), "merge_heterolora")
     for path in check_mergeable(model, drop_shortcuts):
         with torch.no_grad():
             path.holder.weight.copy_(merged_weight(path))
@@ -422,9 +461,9 @@ def check_mergeable(model: nn.Module, drop_shortcuts: bool = False) -> list[Path
 @torch.no_grad()
 def merged_weight(path: Path) -> Tensor:
     """``W + s B A`` over the active rows of a LoRA path, in W's dtype and layout."""
-    weight = path.holder.weight
+    weight, lora_A, lora_B = (distributed.full(tensor) for tensor in (path.holder.weight, path.lora_A, path.lora_B))
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    delta = path.scaling * (path.lora_B.to(dtype)[:, path.mask] @ path.lora_A.to(dtype)[path.mask])
+    delta = path.scaling * (lora_B.to(dtype)[:, path.mask] @ lora_A.to(dtype)[path.mask])
     return (weight.to(dtype) + (delta.t() if is_conv1d(path.holder) else delta)).to(weight.dtype)
 
 
@@ -436,12 +475,13 @@ def reset_adapters(model: nn.Module) -> None:
         model: a patched model. Optimizers and heads of ``modules_to_save`` are not touched.
     """
     state = state_of(model)
+    state.reshard()
     for path in state.paths.values():
         (out_features, r), in_features = path.lora_B.shape, path.lora_A.shape[1]
         fresh = make_adapter(path.name, r, in_features, out_features, state.config.seed, state.config.init_B,
                              path.lora_A.dtype, path.lora_A.device)
-        path.lora_A.copy_(fresh[0])
-        path.lora_B.copy_(fresh[1])
+        distributed.copy_(path.lora_A, fresh[0])
+        distributed.copy_(path.lora_B, fresh[1])
 
 
 @contextmanager

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from heterolora_kernels.config import HeteroLoraConfig
+from heterolora_kernels.distributed import full, local_part
 from heterolora_kernels.files import field_of, find_folder, read_json, read_tensors
 from heterolora_kernels.layers import Path
 from heterolora_kernels.planning import is_below, is_conv1d
@@ -159,7 +160,8 @@ class PeftAdapter:
 @contextmanager
 def restored_on_failure(tensors: Iterable[Tensor]) -> Iterator[None]:
     """Give the tensors the values back that they had, if the block fails."""
-    before = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    parts = [local_part(tensor)[0] for tensor in tensors]
+    before = [(part, part.clone()) for part in parts]
     try:
         yield
     except BaseException:
@@ -421,10 +423,10 @@ def peft_tensors(model: nn.Module, paths: Sequence[Path], heads: Sequence[str]) 
     """
     tensors = {}
     for path in paths:
-        tensors[f"{_PREFIX}{path.name}.lora_A.weight"] = path.lora_A.detach()[path.mask]
-        tensors[f"{_PREFIX}{path.name}.lora_B.weight"] = path.lora_B.detach()[:, path.mask]
+        tensors[f"{_PREFIX}{path.name}.lora_A.weight"] = full(path.lora_A)[path.mask]
+        tensors[f"{_PREFIX}{path.name}.lora_B.weight"] = full(path.lora_B)[:, path.mask]
     modules = _heads(model, heads)
-    saved = {name: tensor for name, tensor in own_tensors(model).items() if _is_in(name, modules)}
+    saved = {name: full(tensor) for name, tensor in own_tensors(model).items() if _is_in(name, modules)}
     check_unshared(model, saved)
     return {**tensors, **{f"{_PREFIX}{name}": tensor for name, tensor in saved.items()}}
 

@@ -42,7 +42,7 @@ class RankSearch:
     puts every path on at full rank.
 
     Args:
-        model: a patched model, wrapped or not.
+        model: a patched model, alone, in DistributedDataParallel or sharded by FSDP2 (``fully_shard``).
         optimizer: checked to hold the adapters; the search works without it.
         dataloader: batches for ``score="probe"``. A shuffling DataLoader is read through an own unshuffled twin, so that
             the head of the training set is scored.
@@ -70,6 +70,10 @@ class RankSearch:
                  greater_is_better: bool | None = None, tolerance: float = 0.01):
         self._model = model
         self._state = state_of(model)
+        if distributed.check_wrapped(model, list(self._state.paths.values())):
+            distributed.reshard(model)
+            # A pack would be a copy of the whole weight on every process, and the gathered weight is another one each time.
+            self._state.switches.packing.mode = "off"
         self.config = self._state.config
         self._proxy = get_proxy(self.config.proxy)
         self._per_rank = get_allocator(self.config.ranks).per_rank
@@ -157,6 +161,7 @@ class RankSearch:
         if self._window is not None:
             # What no optimizer hook has committed belongs to a step that was skipped.
             self._window.discard()
+            self._hand_over()
         fresh = not self._started
         self.start()
         self._steps += 1
@@ -240,7 +245,8 @@ class RankSearch:
         """Everything a resumed run needs to allocate as the unbroken one.
 
         Returns:
-            Counters, generator, history, window and ranks: numbers, strings, lists and CPU tensors.
+            Counters, generator, history, window and ranks: numbers, strings, lists and CPU tensors. Of several processes the
+            first one's is to be saved, and loaded by all.
         """
         window = None if self._window is None else {"committed": self._window.committed.cpu().clone(),
                                                     "steps": self._window.steps}
@@ -284,7 +290,8 @@ class RankSearch:
         self._close_window()
         self._update_window()
         if self._window is not None and state["window"] is not None:
-            self._window.committed.copy_(state["window"]["committed"])
+            if distributed.is_first():
+                self._window.committed.copy_(state["window"]["committed"])
             self._window.steps = state["window"]["steps"]
 
     # ---- called by the optimizer's hooks ----
@@ -385,6 +392,13 @@ class RankSearch:
             self._forget_window.atexit = False
         elif not wanted:
             self._close_window()
+
+    def _hand_over(self) -> None:
+        """Move the sums of all processes to the first one, whose state is the one that is saved."""
+        if distributed.world_size() > 1:
+            distributed.sum_(self._window.committed)
+            if not distributed.is_first():
+                self._window.committed.zero_()
 
     def _close_window(self) -> None:
         if self._window is not None:
@@ -529,7 +543,9 @@ class RankSearch:
     def _warn_about_zero_B(self, proxy: Proxy) -> None:
         if not proxy.zero_at_zero_B or f"zero_B:{proxy.name}" in self._warned:
             return
-        zero = [name for name, path in self._state.paths.items() if not bool(path.lora_B.any())]
+        lives = torch.stack([distributed.local_part(path.lora_B)[0].any().to(self._state.device, torch.int32)
+                             for path in self._state.paths.values()])
+        zero = [name for name, on in zip(self.paths, distributed.sum_(lives).tolist()) if not on]
         if zero:
             self._warn(f"zero_B:{proxy.name}",
                        f"proxy {proxy.name!r} is 0 for every path whose lora_B is 0, and {len(zero)} of {len(self.paths)} are: "

@@ -19,7 +19,7 @@ from heterolora_kernels import _env, distributed
 from heterolora_kernels.backends import use_backend
 from heterolora_kernels.patching import HeteroLoraState
 from heterolora_kernels.proxies import get_proxy, register_proxy, scores_of
-from heterolora_kernels.scoring import ScoringPass, gradient_rows, on_every_process, twins, untouched
+from heterolora_kernels.scoring import ScoringPass, gradient_rows, twins, untouched
 
 #: What a copy of the parameters may take of the memory that is free: activations and gradients need some as well.
 _SHARE_OF_FREE = 0.8
@@ -29,12 +29,15 @@ _SHARE_OF_FREE = 0.8
 def _synflow(request: ScoringPass) -> dict[str, Tensor]:
     """Sum of abs(parameter * gradient) at absolute parameters; 0 while lora_B is 0."""
     model, state = request.model, request.state
+    if distributed.wrapper_of(model) is not None:
+        raise ValueError("synflow puts absolute copies in the places of all parameters, which a sharded model does not allow: "
+                         "score before fully_shard and hand the ranks to search.apply")
     with ExitStack() as stack:
         stack.enter_context(untouched(model, state, request.loader, training=False))
         stack.enter_context(torch.enable_grad())
         # The only backend that every dtype is promised on; one batch of one row needs no other.
         stack.enter_context(use_backend("reference"))
-        rows = on_every_process(lambda: _rows(request), state.device)
+        rows = distributed.on_every_process(lambda: _rows(request), state.device)
     # The length of the first batch is each process's own.
     flat = distributed.broadcast_(torch.cat([rows[name] for name in state.paths]))
     parts = flat.split([path.r for path in state.paths.values()])
