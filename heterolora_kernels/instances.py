@@ -59,6 +59,11 @@ def is_swapped(module: nn.Module) -> bool:
     return hasattr(type(module), "_heterolora_key")
 
 
+def generated_from(module: nn.Module, mixin: type) -> bool:
+    """Whether the instance's class was generated here from ``mixin``."""
+    return is_swapped(module) and isinstance(module, mixin)
+
+
 def check_swappable(name: str, module: nn.Module) -> None:
     """Refuse a module whose class's ``forward`` would never be called.
 

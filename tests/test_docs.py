@@ -9,9 +9,11 @@ import pytest
 import safetensors.torch
 import torch
 from helpers_search import adapter, llama_batch, make_net, net_batch, path_names, plain_llama
+from peft.tuners.lora import LoraLayer
 
 import heterolora_kernels as hlk
 from heterolora_kernels import allocation, proxies
+from heterolora_kernels.peft_layers import FusedLora
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -81,6 +83,15 @@ def test_paper_page_examples_choose_a_quarter_and_train_from_fresh_weights():
     exec(second, namespace)
     assert sum(rank > 0 for rank in namespace["search"].ranks.values()) == 14 // 4
     assert not any(bool(adapter(model, name).lora_B.any()) for name in path_names(model))
+
+
+def test_peft_page_example_runs_on_the_op():
+    namespace = {"model": plain_llama()}
+    exec(_blocks("docs/peft.md")[0], namespace)
+    layers = [m for m in namespace["model"].modules() if isinstance(m, LoraLayer)]
+    assert len(layers) == 14 and all(isinstance(layer, FusedLora) for layer in layers)
+    namespace["model"](**llama_batch(0)).loss.backward()
+    assert all(layer.lora_B["default"].weight.grad.any() for layer in layers)
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))])
