@@ -392,6 +392,21 @@ class PatchedConv1D(_Refreshes):
         return paths.run_linear(self, self.weight.t(), self.bias, x) if paths.switches.enabled else base_forward(self, x)
 
 
+class PatchedQuantised(_Refreshes):
+    """Mixin of a linear with quantised weights, which computes its output itself: the paths join it."""
+
+    #: bitsandbytes asks this before it packs 4-bit weights for inference, in the first forward in eval mode whose input asks for
+    #: no gradient. From then on its linears have no backward, and say nothing.
+    support_avx512bf16_for_cpu = property(lambda self: False)
+
+    def patched_forward(self, base_forward, x, *args, **kwargs):
+        out, paths = base_forward(self, x, *args, **kwargs), self._heterolora
+        if torch.is_grad_enabled() and x.requires_grad and not out.requires_grad:
+            raise RuntimeError(f"the quantised base of {paths.paths[0].name!r} ({type(self).__name__}) gives no gradient to its "
+                               "input, so nothing before it would learn; has a library packed its weights for inference?")
+        return paths.run_delta(self, out, x) if paths.switches.enabled else out
+
+
 class PatchedNorm(_Refreshes):
     """Mixin of a norm that stands between a linear and the residual addition: shortcuts join its output."""
 

@@ -94,6 +94,18 @@ def test_peft_page_example_runs_on_the_op():
     assert all(layer.lora_B["default"].weight.grad.any() for layer in layers)
 
 
+def test_quantised_page_example_adapts_a_model_of_four_bits(tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    monkeypatch.chdir(tmp_path)
+    plain_llama().save_pretrained("my-model")
+    namespace = {}
+    exec(_blocks("docs/peft.md")[1], namespace)
+    model = namespace["model"]
+    assert len(path_names(model)) == 21
+    model(**llama_batch(0)).loss.backward()
+    assert all(adapter(model, name).lora_B.grad.any() for name in path_names(model))
+
+
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))])
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text()):
