@@ -60,10 +60,12 @@ def is_quantised_linear(module: nn.Module) -> bool:
     return any(is_quantised(tensor) for tensor in tensors if tensor is not None)
 
 
-def base_tensor(module: nn.Module) -> Tensor:
-    """A tensor of the module that says where, and in which dtype, its adapter belongs: its weight, where it has one."""
+def base_tensor(module: nn.Module) -> Tensor | None:
+    """A tensor of the module that says where, and in which dtype, its adapter belongs: its weight, or the first it has."""
     weight = getattr(module, "weight", None)
-    return weight if isinstance(weight, Tensor) else next(iter([*module._parameters.values(), *module._buffers.values()]))
+    if isinstance(weight, Tensor):
+        return weight
+    return next((t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None), None)
 
 
 #: Modules that hand the weights of their linears to one torch op instead of calling them.
@@ -74,6 +76,9 @@ def _why_no_base(name: str, module: nn.Module, parent: nn.Module) -> str | None:
     """Why a module cannot be the base of paths, or None."""
     if isinstance(parent, _BYPASSING):
         return f"nn.{type(parent).__name__} reads its weight (at least in eval mode) and does not call it as a module"
+    if getattr(getattr(base_tensor(module), "quant_state", None), "packing_format_for_cpu", False):
+        return ("bitsandbytes has packed its weight for inference on the CPU, in a forward without gradients in eval mode, and "
+                "it has no backward any more: load the model anew")
     if is_conv1d(module) or is_quantised_linear(module):
         return None
     if isinstance(module, nn.Linear) and "weight" not in module._parameters:

@@ -260,3 +260,10 @@ def test_four_bits_learn_after_an_evaluation():
         model.train()(**llama_batch(0)).loss.backward()
         results.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     torch.testing.assert_close(*results)
+    base = hlk.remove_heterolora(model).eval()
+    if not base.model.layers[0].mlp.up_proj.support_avx512bf16_for_cpu:
+        pytest.skip("bitsandbytes packs weights on processors with AVX-512 bf16 alone")
+    with torch.no_grad():
+        base(**llama_batch(1))
+    with pytest.raises(ValueError, match="up_proj: bitsandbytes has packed its weight for inference"):
+        patched(base)
