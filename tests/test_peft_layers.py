@@ -124,9 +124,11 @@ def test_error_on_cpu_is_bounded_by_that_of_peft(dtype, adapters, autocast, monk
         pytest.skip("autocast to bfloat16 needs nothing of float16")
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(37, 29), nn.Tanh(), nn.Linear(29, 11, bias=False)).to(dtype)
-    plain = get_peft_model(base, lora(target_modules=["0", "2"]), autocast_adapter_dtype=adapters)
-    plain.add_adapter("second", lora(target_modules=["0", "2"], r=3), autocast_adapter_dtype=adapters)
+    plain = get_peft_model(base, lora(target_modules=["0", "2"]))
+    plain.add_adapter("second", lora(target_modules=["0", "2"], r=3))
     plain.base_model.set_adapter(["default", "second"])
+    if not adapters:
+        plain.to(dtype)
     truth, fused = copy.deepcopy(plain).double(), hlk.accelerate_peft(copy.deepcopy(plain))
     x, seed = torch.randn(3, 21, 37).to(dtype), torch.randn(3, 21, 11)
 
