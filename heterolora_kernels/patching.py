@@ -24,6 +24,7 @@ from heterolora_kernels.layers import (
     PatchedConv1D,
     PatchedLinear,
     PatchedNorm,
+    PatchedQuantised,
     Path,
     PathSet,
     ShortcutPath,
@@ -36,11 +37,13 @@ from heterolora_kernels.peft_format import ADAPTER_NAMES, read_peft
 from heterolora_kernels.planning import (
     PlannedLayer,
     PlannedPath,
+    base_tensor,
     check_heads,
     check_shortcut_layers,
     find_targets,
     is_below,
     is_conv1d,
+    is_quantised_linear,
     plan_layers,
     plan_lora,
     plan_shortcuts,
@@ -48,6 +51,8 @@ from heterolora_kernels.planning import (
 from heterolora_kernels.sites import SHORTCUTS, Carrier, LayerState, PatchedLayer, PatchedStack
 
 _STATE = "_heterolora_state"
+#: By which transformers knows a model with adapters; its Trainer refuses to train a quantised model without any.
+_HAS_ADAPTERS = "_hf_peft_config_loaded"
 
 
 @dataclass
@@ -142,6 +147,21 @@ def state_of(model: nn.Module) -> HeteroLoraState:
     return state
 
 
+class _SavesAsBefore:
+    """Holds ``save_pretrained`` of a quantised model that has adapters, for which transformers' own would ask PEFT."""
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+
+    def save_pretrained(self, *args, **kwargs):
+        """What it writes of any patched model: the base with the adapters' tensors."""
+        self._model.__dict__[_HAS_ADAPTERS] = False
+        try:
+            return type(self._model).save_pretrained(self._model, *args, **kwargs)
+        finally:
+            self._model.__dict__[_HAS_ADAPTERS] = True
+
+
 class _Patcher:
     """One run of apply_heterolora after planning."""
 
@@ -168,9 +188,8 @@ class _Patcher:
         """The path set of a module, patching it at the first call."""
         module = self.modules[name]
         if not is_swapped(module):
-            mixin = PatchedConv1D if is_conv1d(module) else PatchedLinear if isinstance(module, nn.Linear) else PatchedNorm
-            switches = self.state.switches
-            packs = None if mixin is PatchedNorm else Packs(switches.packing)
+            mixin, switches = _mixin_of(module), self.state.switches
+            packs = Packs(switches.packing) if mixin in (PatchedLinear, PatchedConv1D) else None
             module._heterolora = PathSet([], switches, float(self.config.lora_dropout), packs=packs)
             self.state.linears.append(module)
             swap_class(module, mixin)
@@ -178,14 +197,14 @@ class _Patcher:
 
     def add_lora(self, plan: PlannedPath) -> None:
         module = self.modules[plan.name]
-        self.add_path(plan, module.weight, module, self.path_set(plan.name))
+        self.add_path(plan, base_tensor(module), module, self.path_set(plan.name))
 
     def add_shortcut(self, layer_state: LayerState, layer: PlannedLayer, plan: PlannedPath, base: str) -> None:
         paths = self.path_set(base)
         paths.layer = layer_state
         holder = ShortcutPath(plan.in_features, plan.out_features, paths)
         linear = layer.module.get_submodule(getattr(layer.site, SHORTCUTS[plan.site][1]))
-        self.add_path(plan, linear.weight, holder, paths)
+        self.add_path(plan, base_tensor(linear), holder, paths)
         layer.module.add_module(plan.site, holder)
 
     def patch_layer(self, module: nn.Module, state: LayerState) -> None:
@@ -267,12 +286,20 @@ class _Patcher:
                 parameter.requires_grad_(is_below(owner, self.config.heads) and parameter.is_floating_point())
 
 
+def _mixin_of(module: nn.Module) -> type:
+    """How the paths of a module are run."""
+    if is_quantised_linear(module):
+        return PatchedQuantised
+    return PatchedConv1D if is_conv1d(module) else PatchedLinear if isinstance(module, nn.Linear) else PatchedNorm
+
+
 def _can_run_as_one(linears: Sequence[nn.Module]) -> bool:
     """Whether linears that read one x have one path of it each, and weights that are alike."""
+    if not all(isinstance(linear, PatchedLinear) for linear in linears):
+        return False
     first = linears[0].weight
-    return all(isinstance(linear, PatchedLinear) and [path.site for path in linear._heterolora.paths] == [None]
-               and linear.weight.shape[1] == first.shape[1] and linear.weight.dtype == first.dtype
-               and linear.weight.device == first.device for linear in linears)
+    return all([path.site for path in linear._heterolora.paths] == [None] and linear.weight.shape[1] == first.shape[1]
+               and linear.weight.dtype == first.dtype and linear.weight.device == first.device for linear in linears)
 
 
 def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
@@ -347,6 +374,10 @@ def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
             module._heterolora.refresh()
         if adapter is not None:
             adapter.copy_into(model, state.paths)
+        if getattr(model, "is_quantized", False) and not getattr(model, _HAS_ADAPTERS, False):
+            overrides = {_HAS_ADAPTERS: True, "save_pretrained": _SavesAsBefore(model).save_pretrained}
+            model.__dict__.update(overrides)
+            state.overrides.extend(overrides)
     except BaseException:
         remove_heterolora(model)
         raise
@@ -422,8 +453,8 @@ def merge_heterolora(model: nn.Module, drop_shortcuts: bool = False) -> nn.Modul
         The model inside any wrapper, no longer patched.
 
     Raises:
-        ValueError: shortcuts are active, a weight is shared with another module, or a merged weight would not be finite.
-            The model is then as it was.
+        ValueError: shortcuts are active, a base is quantised, a weight is shared with another module, or a merged weight would
+            not be finite. The model is then as it was.
     """
     _refuse_sharded(unwrap(model), "merge_heterolora")
     for path in check_mergeable(model, drop_shortcuts):
@@ -444,10 +475,15 @@ def check_mergeable(model: nn.Module, drop_shortcuts: bool = False) -> list[Path
     if active and not drop_shortcuts:
         raise ValueError(f"{len(active)} active shortcuts cannot be merged into weights ({active[0]}, ...); save the adapter, "
                          "or pass drop_shortcuts=True to leave them out")
+    lora = [path for path in state.paths.values() if path.site is None and any(path.active_rows())]
+    quantised = [path for path in lora if isinstance(path.holder, PatchedQuantised)]
+    if quantised:
+        raise ValueError(f"the base of {quantised[0].name!r} is quantised ({type(quantised[0].holder).__name__}), and so would "
+                         f"the merged weight have to be, which loses most of what was learnt ({len(quantised)} paths): save the "
+                         "adapter, and load it into the base in full precision to merge it there")
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
-    lora = [path for path in state.paths.values() if path.site is None and any(path.active_rows())]
     # Everything is checked before anything is written; computing twice is cheaper than a second copy of all weights.
     for path in lora:
         names = owners[id(path.holder.weight)]

@@ -23,7 +23,7 @@ from heterolora_kernels import distributed, files, peft_format
 from heterolora_kernels._version import __version__
 from heterolora_kernels.config import HeteroLoraConfig
 from heterolora_kernels.files import field_of
-from heterolora_kernels.layers import Path
+from heterolora_kernels.layers import PatchedQuantised, Path
 from heterolora_kernels.patching import (
     HeteroLoraState,
     apply_heterolora,
@@ -174,11 +174,11 @@ def _name_of(dtype: torch.dtype) -> str:
 
 
 def _base_weights(model: nn.Module, state: HeteroLoraState) -> dict[str, Tensor]:
-    """The frozen weights of the patched modules."""
+    """The frozen weights of the patched modules; quantised ones hold other numbers than the base that they were made from."""
     patched = {id(module) for module in state.linears}
     return {name: module.weight for name, module in model.named_modules()
             if id(module) in patched and isinstance(getattr(module, "weight", None), Tensor) and not module.weight.is_meta
-            and not is_below(name, state.config.heads)}
+            and not isinstance(module, PatchedQuantised) and not is_below(name, state.config.heads)}
 
 
 def _sample(weight: Tensor) -> dict:

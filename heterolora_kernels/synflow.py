@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from heterolora_kernels import _env, distributed
 from heterolora_kernels.backends import use_backend
 from heterolora_kernels.patching import HeteroLoraState
+from heterolora_kernels.planning import is_quantised, is_quantised_linear
 from heterolora_kernels.proxies import get_proxy, register_proxy, scores_of
 from heterolora_kernels.scoring import ScoringPass, gradient_rows, twins, untouched
 
@@ -109,9 +110,13 @@ def _absolute(model: nn.Module, state: HeteroLoraState) -> Iterator[torch.dtype]
         MemoryError: a float16 model, whose sums would overflow, and no room for a copy.
     """
     for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
+        if is_quantised(parameter) or not parameter.is_floating_point():
             raise ValueError(f"synflow needs the absolute values of all parameters, and {name!r} is quantised "
-                             f"({parameter.dtype})")
+                             f"({type(parameter).__name__} of {parameter.dtype})")
+    for name, module in model.named_modules():
+        if is_quantised_linear(module):
+            raise ValueError(f"synflow needs the absolute values of all parameters, and {name!r} has quantised weights "
+                             f"({type(module).__name__})")
     dtype = next((dtype for dtype in (torch.float64, torch.float32) if _fits(model, dtype)), None)
     if dtype is not None:
         with _attention_of_any_dtype(model), _copies(model, state, dtype):
