@@ -292,11 +292,12 @@ def _derive(sets: Sequence[PathSet], device: torch.device) -> _Derived:
 def _run_linears(members: Sequence[tuple[PathSet, Tensor, Tensor | None]], derived: _Derived, probe: Tensor | None, x: Tensor,
                  rng: Tensor | None, dropout_p: float) -> list[Tensor]:
     """Every member's output in one op. members: (path set, weight, bias) of each; derived and probe: over all their paths."""
-    sources, lora_A, lora_B, path_output, path_source = [], [], [], [], []
-    for output, (paths, _, _) in enumerate(members):
+    sources, lora_A, lora_B, path_source = members[0][0].gather()
+    path_output = [0] * len(lora_A)
+    for output, (paths, _, _) in enumerate(members[1:], 1):
         own, own_A, own_B, own_source = paths.gather()
-        path_output += [output] * len(own_A)
         path_source += [-1 if key == -1 else key + len(sources) for key in own_source]
+        path_output += [output] * len(own_A)
         sources += own
         lora_A += own_A
         lora_B += own_B
@@ -318,8 +319,8 @@ def call_linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor |
         x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
         biases = [None if bias is None else bias.to(dtype) for bias in biases]
     name = resolve(x.device, None, x.dtype)
-    args = (x, weights, biases, [source.to(x.dtype) for source in sources], lora_A, lora_B, scaling, gate, active, path_output,
-            path_source)
+    sources = [source.to(x.dtype) for source in sources]
+    args = (x, weights, biases, sources, lora_A, lora_B, scaling, gate, active, path_output, path_source)
     # A weight that autocast has just cast is another one in each call.
     call = dict(rng=rng, dropout_p=dropout_p, probe=probe, packs=[] if autocast else _packs_of(packs, name, weights, x),
                 backend=name)
