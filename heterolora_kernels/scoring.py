@@ -24,6 +24,7 @@ from heterolora_kernels import backends, distributed
 from heterolora_kernels.layers import Path
 from heterolora_kernels.ops.ledger import row_statistics
 from heterolora_kernels.patching import HeteroLoraState, state_of, unwrap
+from heterolora_kernels.undo import put_back, undone_on_failure
 
 LossFunction = Callable[[nn.Module, object], Tensor]
 Metric = Callable[[nn.Module, Iterable], float]
@@ -182,18 +183,20 @@ def _kept_rng(model: nn.Module, loader: Iterable) -> Iterator[None]:
     numpy = sys.modules.get("numpy")
     states = [(generator, generator.get_state()) for generator in _generators(loader)]
     python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
+
+    def undo() -> None:
+        random.setstate(python_state)
+        if numpy_state is not None:
+            numpy.random.set_state(numpy_state)
+        for generator, state in states:
+            generator.set_state(state)
+
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         for kind, indices in devices.items():
             stack.enter_context(torch.random.fork_rng(devices=sorted(indices), device_type=kind))
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            if numpy_state is not None:
-                numpy.random.set_state(numpy_state)
-            for generator, state in states:
-                generator.set_state(state)
+        stack.enter_context(put_back(undo))
+        yield
 
 
 @contextmanager
@@ -202,17 +205,19 @@ def _kept_modes(model: nn.Module, training: bool) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     averages = [(module, name, buffer) for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)
                 for name, buffer in module._buffers.items() if buffer is not None]
-    try:
+
+    def undo() -> None:
+        for module, before in modes:
+            module.training = before
+        for module, name, buffer in averages:
+            module._buffers[name] = buffer
+
+    with put_back(undo):
         # Copies are written instead: a graph that waits for its backward may hold the buffers themselves.
         for module, name, buffer in averages:
             module._buffers[name] = buffer.clone()
         model.train(training)
         yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for module, name, buffer in averages:
-            module._buffers[name] = buffer
 
 
 @contextmanager
@@ -224,28 +229,28 @@ def twins(model: nn.Module) -> Iterator[None]:
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.requires_grad:
                 places.append((module, name, parameter))
-    try:
+
+    def undo() -> None:
+        for module, name, parameter in places:
+            module._parameters[name] = parameter
+
+    with put_back(undo):
         for module, name, parameter in places:
             if id(parameter) not in twins:
                 twins[id(parameter)] = nn.Parameter(parameter.detach())
             module._parameters[name] = twins[id(parameter)]
         yield
-    finally:
-        for module, name, parameter in places:
-            module._parameters[name] = parameter
 
 
 @contextmanager
 def _everything_on(state: HeteroLoraState) -> Iterator[None]:
     """Every gate 1 and the adapters enabled; masks are not touched."""
-    enabled, state.switches.enabled = state.switches.enabled, True
-    try:
-        with ExitStack() as stack:
-            for module in state.linears:
-                stack.enter_context(module._heterolora.everything_on())
-            yield
-    finally:
-        state.switches.enabled = enabled
+    enabled = state.switches.enabled
+    with put_back(lambda: setattr(state.switches, "enabled", enabled)), ExitStack() as stack:
+        state.switches.enabled = True
+        for module in state.linears:
+            stack.enter_context(module._heterolora.everything_on())
+        yield
 
 
 @contextmanager
@@ -301,6 +306,7 @@ def probe_rows(model: nn.Module, loader: Iterable, num_batches: int | None, loss
     paths = list(state.paths.values())
     device, ledger = state.device, state.switches.ledger
     with ExitStack() as stack:
+        stack.enter_context(undone_on_failure(ledger.undo_point()))
         stack.enter_context(untouched(inner, state, loader, training=True))
         stack.enter_context(twins(inner))
         stack.enter_context(torch.enable_grad())
