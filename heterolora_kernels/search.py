@@ -308,6 +308,7 @@ class RankSearch:
 
     def undo_point(self) -> Undo:
         """Puts everything back that :meth:`apply`, :meth:`start` and :meth:`step` change to what it is now."""
+        self._check_patched()
         state, hooks = self._state, self._state.step_hooks
         kept, reported, driven, resets = dict(self.__dict__), len(self.history), hooks.driven, hooks.pending_resets()
         rows, generator, ledger = self._rows(), self._generator.get_state(), state.switches.ledger.undo_point()
@@ -332,7 +333,6 @@ class RankSearch:
 
     @torch.no_grad()
     def _write(self, masks: Mapping[str, Tensor]) -> None:
-        self._check_patched()
         for name, mask in masks.items():
             path = self._state.paths[name]
             before = path.active_rows()
