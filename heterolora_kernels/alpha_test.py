@@ -70,7 +70,7 @@ def _alpha_test(request: ScoringPass) -> dict[str, Tensor]:
         scores = {}
         for name, gate in _gates(state).items():
             units = gate.split(1) if request.per_rank else [gate]
-            found = torch.tensor([smallest(unit) for unit in units], dtype=torch.float64)
+            found = torch.tensor([smallest(unit) for unit in units], dtype=torch.float64, device="cpu")
             scores[name] = found if request.per_rank else found[0]
     return {name: scores[name] for name in state.paths}
 

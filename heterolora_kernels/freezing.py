@@ -122,6 +122,7 @@ class StepHooks:
         self.observers: weakref.WeakSet = weakref.WeakSet()
         self.driven = False
         self._handles: list = []
+        weakref.finalize(self, _remove_all, self._handles).atexit = False
         # (parameter, dimension of its rows, local indices of the inactive ones, {id of tensor: (tensor, their values)})
         self._saved: list[tuple[Tensor, int, Tensor, dict[int, tuple[Tensor, Tensor]]]] = []
         #: ``{parameter: rows}`` whose optimizer state starts anew at the next step.
@@ -148,8 +149,8 @@ class StepHooks:
             if state is not None and own is not None:
                 own._after(state, optimizer)
 
-        self._handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
-        weakref.finalize(self, _remove_all, self._handles).atexit = False
+        self._handles.append(register_optimizer_step_pre_hook(before))
+        self._handles.append(register_optimizer_step_post_hook(after))
 
     def remove(self) -> None:
         """End."""

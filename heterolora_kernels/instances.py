@@ -76,9 +76,15 @@ def check_swappable(name: str, module: nn.Module) -> None:
     accelerate's hooks put a ``forward`` into the instance and call the class's as ``_old_forward``: that inner one can be
     replaced. Any other ``forward`` in the instance hides ours.
 
+    One that accelerate offloads is refused too: its hook looks for the adapters among the weights that it has put away.
+
     Raises:
         ValueError: names the module.
     """
+    hook = module.__dict__.get("_hf_hook")
+    if any(getattr(each, "offload", False) for each in getattr(hook, "hooks", [hook])):
+        raise ValueError(f"module {name!r} is offloaded by accelerate, which brings in only the weights it knew before: load the "
+                         "model without offloading (a device_map whose modules all have one device), then patch it")
     if "forward" in module.__dict__ and not _bound_names(module, type(module)):
         raise ValueError(f"module {name!r} has a forward of its own in the instance ({module.__dict__['forward']!r}), "
                          "which hides the class's: it cannot be patched; remove that wrapper first")

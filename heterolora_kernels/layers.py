@@ -24,6 +24,7 @@ from heterolora_kernels.ops.ledger import NUM_COLUMNS, Ledger
 from heterolora_kernels.ops.rng import draw_rng
 from heterolora_kernels.packing import PackBudget, Packs
 from heterolora_kernels.sites import SHORTCUTS, LayerState
+from heterolora_kernels.undo import put_back
 
 _AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -177,19 +178,21 @@ class PathSet:
         device = self.paths[0].mask.device
         sets, group = self.sharing(device), self.group
         before, whole = [paths.derived for paths in sets], None if group is None else group.derived
-        try:
+
+        def undo() -> None:
+            for paths, derived in zip(sets, before):
+                paths.derived = derived
+            if group is not None:
+                group.derived = whole
+
+        with put_back(undo):
             self.derive(device)
             with torch.inference_mode(False), torch.no_grad():
                 for paths in sets:
                     paths.derived.everything_on = True
                     paths.derived.gate.fill_(1.0)
-                    paths.derived.active.copy_(torch.tensor([path.r for path in paths.paths]))
+                    paths.derived.active.copy_(torch.tensor([path.r for path in paths.paths], device="cpu"))
             yield
-        finally:
-            for paths, derived in zip(sets, before):
-                paths.derived = derived
-            if group is not None:
-                group.derived = whole
 
     def _current(self, device: torch.device) -> _Derived:
         derived = self.derived if self.derived is not None else self.derive(device)
@@ -450,11 +453,12 @@ def make_adapter(name: str, r: int, in_features: int, out_features: int, seed: i
     lora_A is kaiming_uniform(a = sqrt 5), that is uniform in +-1/sqrt(K), as in LoRA's and PEFT's code. lora_B is 0, or
     drawn in the same way over its own fan-in.
     """
-    generator = torch.Generator().manual_seed(path_seed(seed, name))
+    # On the CPU whatever the default device: the values must not depend on it.
+    generator = torch.Generator("cpu").manual_seed(path_seed(seed, name))
 
     def draw(rows: int, columns: int) -> Tensor:
         bound = 1 / math.sqrt(columns) if columns else 0.0
-        values = torch.empty(rows, columns, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+        values = torch.empty(rows, columns, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
         return values.to(device=device, dtype=dtype)
 
     lora_A = draw(r, in_features)

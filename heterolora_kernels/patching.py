@@ -1,6 +1,6 @@
 """Patch a model in place, and undo it: apply, remove, merge, disable.
 
-Everything is planned and checked before the first module is touched; a failure after that is rolled back.
+Everything is planned and checked before the first module is touched; a failure after that is undone.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from heterolora_kernels.planning import (
     plan_shortcuts,
 )
 from heterolora_kernels.sites import SHORTCUTS, Carrier, LayerState, PatchedLayer, PatchedStack
+from heterolora_kernels.undo import structure_of, undone_on_failure
 
 _STATE = "_heterolora_state"
 #: By which transformers knows a model with adapters; its Trainer refuses to train a quantised model without any.
@@ -94,6 +95,11 @@ class HeteroLoraState:
 
     def _register_hooks(self) -> None:
         self.step_hooks.register(weakref.ref(self))
+
+    def renew_hooks(self) -> None:
+        """The optimizer hooks are there, once, whatever became of them."""
+        self.step_hooks.remove()
+        self._register_hooks()
 
     @property
     def device(self) -> torch.device:
@@ -365,23 +371,21 @@ def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
 
     flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     state = HeteroLoraState(config, Switches(Ledger({}), packing=PackBudget(config.pack)), requires_grad=flags)
-    model.__dict__[_STATE] = state
-    try:
+    with undone_on_failure(state.step_hooks.remove), undone_on_failure(structure_of(model)):
+        model.__dict__[_STATE] = state
         _Patcher(model, config, state).run(lora, layers, shortcuts)
         state.switches.ledger = Ledger(_ledger_rows(state))
         # Now and not at the first forward, which may be one that torch.compile traces.
         for module in state.linears:
             module._heterolora.refresh()
-        if adapter is not None:
-            adapter.copy_into(model, state.paths)
         if getattr(model, "is_quantized", False) and not getattr(model, _HAS_ADAPTERS, False):
             overrides = {_HAS_ADAPTERS: True, "save_pretrained": _SavesAsBefore(model).save_pretrained}
             model.__dict__.update(overrides)
             state.overrides.extend(overrides)
-    except BaseException:
-        remove_heterolora(model)
-        raise
-    return model
+        # The last step: it writes into heads, and undoes that itself.
+        if adapter is not None:
+            adapter.copy_into(model, state.paths)
+        return model
 
 
 def _ledger_rows(state: HeteroLoraState) -> dict[str, int]:
@@ -398,41 +402,43 @@ def remove_heterolora(model: nn.Module) -> nn.Module:
     """Give back the model that was patched: types, tensors, flags and hooks; the adapters are dropped.
 
     Args:
-        model: a patched model, wrapped or not. Modules of ``modules_to_save`` keep what they learnt: they are its own.
+        model: a patched model, wrapped or not. Modules of ``modules_to_save`` keep what they learnt: they are its own. If it
+            fails, the model stays patched.
 
     Returns:
         The model inside any wrapper.
 
     Raises:
-        ValueError: it is not patched.
+        ValueError: it is not patched, or it is sharded.
     """
     model = unwrap(model)
     state = state_of(model)
     _refuse_sharded(model, "remove_heterolora")
-    state.step_hooks.remove()
-    for module, hook_id in state.hooks:
-        module._forward_pre_hooks.pop(hook_id, None)
-        module._forward_pre_hooks_with_kwargs.pop(hook_id, None)
-    for path in state.paths.values():
-        if path.site is not None:
-            layer, _, site = path.name.rpartition(".")
-            model.get_submodule(layer)._modules.pop(site, None)
-    for module in (*state.linears, *state.layers, *state.stacks):
-        for name in ADAPTER_NAMES:
-            module._parameters.pop(name, None)
-            module._buffers.pop(name, None)
-        module.__dict__.pop("_heterolora", None)
-        module.__dict__.pop("_heterolora_carriers", None)
-        if is_swapped(module):
-            restore_class(module)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, flag in state.requires_grad.items():
-        if name in parameters:
-            parameters[name].requires_grad_(flag)
-    for name in state.overrides:
-        model.__dict__.pop(name, None)
-    del model.__dict__[_STATE]
-    return model
+    with undone_on_failure(state.renew_hooks), undone_on_failure(structure_of(model)):
+        for module, hook_id in state.hooks:
+            module._forward_pre_hooks.pop(hook_id, None)
+            module._forward_pre_hooks_with_kwargs.pop(hook_id, None)
+        for path in state.paths.values():
+            if path.site is not None:
+                layer, _, site = path.name.rpartition(".")
+                model.get_submodule(layer)._modules.pop(site, None)
+        for module in (*state.linears, *state.layers, *state.stacks):
+            for name in ADAPTER_NAMES:
+                module._parameters.pop(name, None)
+                module._buffers.pop(name, None)
+            module.__dict__.pop("_heterolora", None)
+            module.__dict__.pop("_heterolora_carriers", None)
+            if is_swapped(module):
+                restore_class(module)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for name, flag in state.requires_grad.items():
+            if name in parameters:
+                parameters[name].requires_grad_(flag)
+        for name in state.overrides:
+            model.__dict__.pop(name, None)
+        del model.__dict__[_STATE]
+        state.step_hooks.remove()
+        return model
 
 
 def _refuse_sharded(model: nn.Module, what: str) -> None:
@@ -449,6 +455,9 @@ def merge_heterolora(model: nn.Module, drop_shortcuts: bool = False) -> nn.Modul
         drop_shortcuts: a shortcut reads another tensor than the linear whose output it joins, so it cannot become part of
             a weight. True leaves active shortcuts out, which changes the outputs.
 
+    An interrupt before the first weight is written leaves the model as it was; one that comes later is raised when all are
+    written and the patch is gone, since a second copy of all weights may not fit.
+
     Returns:
         The model inside any wrapper, no longer patched.
 
@@ -457,10 +466,30 @@ def merge_heterolora(model: nn.Module, drop_shortcuts: bool = False) -> nn.Modul
             not be finite. The model is then as it was.
     """
     _refuse_sharded(unwrap(model), "merge_heterolora")
-    for path in check_mergeable(model, drop_shortcuts):
-        with torch.no_grad():
-            path.holder.weight.copy_(merged_weight(path))
-    return remove_heterolora(model)
+    paths, inner = check_mergeable(model, drop_shortcuts), unwrap(model)
+    before = [_write_mark(path.holder.weight) for path in paths]
+
+    @torch.no_grad()
+    def write() -> None:
+        for path, mark in zip(paths, before):
+            weight = path.holder.weight
+            if torch.equal(_write_mark(weight), mark):
+                weight.copy_(merged_weight(path))
+
+    def finish() -> None:
+        if any(not torch.equal(_write_mark(path.holder.weight), mark) for path, mark in zip(paths, before)):
+            write()
+            if _STATE in inner.__dict__:
+                remove_heterolora(inner)
+
+    with undone_on_failure(finish):
+        write()
+        return remove_heterolora(inner)
+
+
+def _write_mark(weight: Tensor) -> Tensor:
+    """What changes when a weight is written: its version, or its values where it counts none."""
+    return weight.detach().clone() if weight.is_inference() else torch.tensor(weight._version)
 
 
 def check_mergeable(model: nn.Module, drop_shortcuts: bool = False) -> list[Path]:

@@ -13,6 +13,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 
@@ -30,7 +31,6 @@ from heterolora_kernels.patching import (
     check_mergeable,
     is_patched,
     merged_weight,
-    remove_heterolora,
     state_of,
     unwrap,
 )
@@ -38,6 +38,7 @@ from heterolora_kernels.peft_format import ADAPTER_NAMES, PeftAdapter, heads_to_
 from heterolora_kernels.planning import is_below
 from heterolora_kernels.scoring import untouched
 from heterolora_kernels.search import RankSearch
+from heterolora_kernels.undo import structure_of, undone_on_failure, values_of
 
 NATIVE_NAME = "heterolora.json"
 
@@ -256,7 +257,7 @@ def _random_batches(model: nn.Module) -> list[dict[str, Tensor]]:
     length = min(32, getattr(config, "max_position_embeddings", None) or 32)
     generator = torch.Generator().manual_seed(0)
     # One sequence a batch: a classifier without a padding token takes no more.
-    return [{"input_ids": torch.randint(size, (1, length), generator=generator)} for _ in range(4)]
+    return [{"input_ids": torch.randint(size, (1, length), generator=generator, device="cpu")} for _ in range(4)]
 
 
 @torch.no_grad()
@@ -288,7 +289,7 @@ def _open_gates(state: HeteroLoraState, with_shortcuts: bool) -> None:
     for module in state.linears:
         paths = module._heterolora
         rows = [on and (with_shortcuts or path.site is None) for path in paths.paths for on in path.active_rows()]
-        paths.derived.gate.copy_(torch.tensor(rows))
+        paths.derived.gate.copy_(torch.tensor(rows, device="cpu"))
 
 
 def _outputs(result) -> Tensor:
@@ -353,16 +354,14 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, search: Rank
     if patched:
         _load(model, saved, search, check_base)
         return model
-    try:
-        apply_heterolora(model, saved.config)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{saved.file}: field 'config' does not fit the model: {error}") from error
-    try:
-        _load(model, saved, None, check_base)
-    except BaseException:
-        remove_heterolora(model)
-        raise
-    return model
+    with undone_on_failure(structure_of(model)):
+        try:
+            apply_heterolora(model, saved.config)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{saved.file}: field 'config' does not fit the model: {error}") from error
+        with undone_on_failure(state_of(model).step_hooks.remove):
+            _load(model, saved, None, check_base)
+            return model
 
 
 def _read(directory: str | os.PathLike, model: nn.Module | None) -> _Saved | PeftAdapter:
@@ -402,7 +401,7 @@ def _from_peft(adapter: PeftAdapter, model: nn.Module) -> _Saved:
     for name, module in adapter.modules.items():
         paths[name] = {"site": None, "r": module.r, "scaling": module.scaling, "in_features": module.lora_A.shape[1],
                        "out_features": module.lora_B.shape[0]}
-        rows = torch.ones(module.r, dtype=torch.bool)
+        rows = torch.ones(module.r, dtype=torch.bool, device="cpu")
         tensors.update(zip((f"{name}.{leaf}" for leaf in ADAPTER_NAMES), (module.lora_A, module.lora_B, rows)))
     return _Saved(adapter.weights, paths, tensors, set(adapter.heads))
 
@@ -455,7 +454,7 @@ def _read_sample(entry: object, where: str) -> tuple[torch.dtype, Tensor]:
     values = files.decode(field_of(entry, "values", list, where), f"{where}: field 'values'")
     if not isinstance(dtype, torch.dtype) or not all(isinstance(value, float) for value in values):
         raise ValueError(f"{where}: fields 'dtype' and 'values' must be a torch dtype and floats")
-    return dtype, torch.tensor(values, dtype=torch.float64)
+    return dtype, torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], paths: Mapping[str, dict], heads: Mapping[str, list], file: FilePath,
@@ -521,19 +520,17 @@ def _load(model: nn.Module, saved: _Saved, search: RankSearch | None, check_base
         _check_base(model, state, saved)
     for name, path in state.paths.items():
         targets.update((f"{name}.{leaf}", getattr(path.holder, leaf)) for leaf in ADAPTER_NAMES)
-    kept = None if search is None else search.state_dict()
-    try:
-        with peft_format.restored_on_failure(targets.values()), torch.no_grad():
+    with ExitStack() as stack:
+        if search is not None:
+            stack.enter_context(undone_on_failure(search.undo_point()))
+        stack.enter_context(undone_on_failure(state.write_masks))
+        stack.enter_context(undone_on_failure(values_of(targets.values())))
+        with torch.no_grad():
             for name, target in targets.items():
                 distributed.copy_(target, saved.tensors[name])
-            state.write_masks()
-            if search is not None:
-                _resume(search, saved)
-    except BaseException:
         state.write_masks()
         if search is not None:
-            search.load_state_dict(kept)
-        raise
+            _resume(search, saved)
 
 
 def _resume(search: RankSearch, saved: _Saved) -> None:

@@ -24,6 +24,7 @@ from heterolora_kernels import backends, distributed
 from heterolora_kernels.layers import Path
 from heterolora_kernels.ops.ledger import row_statistics
 from heterolora_kernels.patching import HeteroLoraState, state_of, unwrap
+from heterolora_kernels.undo import put_back, undone_on_failure
 
 LossFunction = Callable[[nn.Module, object], Tensor]
 Metric = Callable[[nn.Module, Iterable], float]
@@ -186,18 +187,20 @@ def _kept_rng(model: nn.Module, loader: Iterable) -> Iterator[None]:
     numpy = sys.modules.get("numpy")
     states = [(generator, generator.get_state()) for generator in _generators(loader)]
     python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
+
+    def undo() -> None:
+        random.setstate(python_state)
+        if numpy_state is not None:
+            numpy.random.set_state(numpy_state)
+        for generator, state in states:
+            generator.set_state(state)
+
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         for kind, indices in devices.items():
             stack.enter_context(torch.random.fork_rng(devices=sorted(indices), device_type=kind))
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            if numpy_state is not None:
-                numpy.random.set_state(numpy_state)
-            for generator, state in states:
-                generator.set_state(state)
+        stack.enter_context(put_back(undo))
+        yield
 
 
 @contextmanager
@@ -206,17 +209,19 @@ def _kept_modes(model: nn.Module, training: bool) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     averages = [(module, name, buffer) for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)
                 for name, buffer in module._buffers.items() if buffer is not None]
-    try:
+
+    def undo() -> None:
+        for module, before in modes:
+            module.training = before
+        for module, name, buffer in averages:
+            module._buffers[name] = buffer
+
+    with put_back(undo):
         # Copies are written instead: a graph that waits for its backward may hold the buffers themselves.
         for module, name, buffer in averages:
             module._buffers[name] = buffer.clone()
         model.train(training)
         yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for module, name, buffer in averages:
-            module._buffers[name] = buffer
 
 
 @contextmanager
@@ -228,15 +233,17 @@ def twins(model: nn.Module) -> Iterator[None]:
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.requires_grad:
                 places.append((module, name, parameter))
-    try:
+
+    def undo() -> None:
+        for module, name, parameter in places:
+            module._parameters[name] = parameter
+
+    with put_back(undo):
         for module, name, parameter in places:
             if id(parameter) not in twins:
                 twins[id(parameter)] = nn.Parameter(parameter.detach())
             module._parameters[name] = twins[id(parameter)]
         yield
-    finally:
-        for module, name, parameter in places:
-            module._parameters[name] = parameter
 
 
 @contextmanager
@@ -244,27 +251,27 @@ def _grads_set_aside(model: nn.Module) -> Iterator[None]:
     """No ``.grad`` and no hooks on a sharded model's parameters inside; both as before after it."""
     distributed.reshard(model)
     kept = [(p, p.grad, p._post_accumulate_grad_hooks) for p in model.parameters() if p.requires_grad]
-    try:
-        for parameter, _, _ in kept:
-            parameter.grad = parameter._post_accumulate_grad_hooks = None
-        yield
-    finally:
+
+    def undo() -> None:
         distributed.reshard(model)
         for parameter, grad, hooks in kept:
             parameter.grad, parameter._post_accumulate_grad_hooks = grad, hooks
+
+    with put_back(undo):
+        for parameter, _, _ in kept:
+            parameter.grad = parameter._post_accumulate_grad_hooks = None
+        yield
 
 
 @contextmanager
 def _everything_on(state: HeteroLoraState) -> Iterator[None]:
     """Every gate 1 and the adapters enabled; masks are not touched."""
-    enabled, state.switches.enabled = state.switches.enabled, True
-    try:
-        with ExitStack() as stack:
-            for module in state.linears:
-                stack.enter_context(module._heterolora.everything_on())
-            yield
-    finally:
-        state.switches.enabled = enabled
+    enabled = state.switches.enabled
+    with put_back(lambda: setattr(state.switches, "enabled", enabled)), ExitStack() as stack:
+        state.switches.enabled = True
+        for module in state.linears:
+            stack.enter_context(module._heterolora.everything_on())
+        yield
 
 
 @contextmanager
@@ -343,6 +350,7 @@ def probe_rows(model: nn.Module, loader: Iterable, num_batches: int | None, loss
         raise RuntimeError("model accumulates gradients without reducing them (set_requires_gradient_sync(False)), and a probe "
                            "under FSDP2 would be added to them: score between optimizer steps")
     with ExitStack() as stack:
+        stack.enter_context(undone_on_failure(ledger.undo_point()))
         stack.enter_context(untouched(inner, state, loader, training=True))
         stack.enter_context(_grads_set_aside(model) if is_sharded else twins(inner))
         stack.enter_context(torch.enable_grad())

@@ -21,6 +21,7 @@ from heterolora_kernels.patching import HeteroLoraState
 from heterolora_kernels.planning import is_quantised, is_quantised_linear
 from heterolora_kernels.proxies import get_proxy, register_proxy, scores_of
 from heterolora_kernels.scoring import ScoringPass, gradient_rows, twins, untouched
+from heterolora_kernels.undo import put_back
 
 #: What a copy of the parameters may take of the memory that is free: activations and gradients need some as well.
 _SHARE_OF_FREE = 0.8
@@ -165,16 +166,18 @@ def _copies(model: nn.Module, state: HeteroLoraState, dtype: torch.dtype) -> Ite
     for module in model.modules():
         for table in (module._parameters, module._buffers):
             places += [(table, name, value) for name, value in table.items() if value is not None and value.is_floating_point()]
-    try:
+
+    def undo() -> None:
+        for table, name, value in places:
+            table[name] = value
+
+    with put_back(undo):
         for table, name, value in places:
             if isinstance(value, nn.Parameter):
                 table[name] = copy(value, lambda t, value=value: nn.Parameter(t.abs_(), requires_grad=id(value) in adapters))
             else:
                 table[name] = copy(value, lambda t: t)
         yield
-    finally:
-        for table, name, value in places:
-            table[name] = value
 
 
 @contextmanager
@@ -185,11 +188,9 @@ def _attention_of_any_dtype(model: nn.Module) -> Iterator[None]:
     if not isinstance(chosen, str) or "flash" not in chosen:
         yield
         return
-    config._attn_implementation = "sdpa"
-    try:
+    with put_back(lambda: setattr(config, "_attn_implementation", chosen)):
+        config._attn_implementation = "sdpa"
         yield
-    finally:
-        config._attn_implementation = chosen
 
 
 @contextmanager
@@ -199,16 +200,18 @@ def _signs_dropped(model: nn.Module) -> Iterator[None]:
     Written through ``.data``: every bit comes back, so a graph that waits for its backward stays valid.
     """
     kept: list[tuple[Tensor, Tensor]] = []
-    try:
-        for parameter in {id(p): p for p in model.parameters()}.values():
-            kept.append((parameter.data, _pack_signs(parameter.data)))
-            parameter.data.abs_()
-        yield
-    finally:
+
+    def undo() -> None:
         for data, signs in kept:
             # From the absolute value, whether or not it had been written when something failed.
             data.abs_()
             data.copy_(torch.where(_unpack_signs(signs, data), -data, data))
+
+    with put_back(undo):
+        for parameter in {id(p): p for p in model.parameters()}.values():
+            kept.append((parameter.data, _pack_signs(parameter.data)))
+            parameter.data.abs_()
+        yield
 
 
 _BITS = (1, 2, 4, 8, 16, 32, 64, 128)

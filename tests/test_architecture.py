@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "heterolora_kernels"
 
 ROWS = [
-    ["_env", "_version"],
+    ["_env", "_version", "undo"],
     ["ops.ledger", "ops.rng", "ops.schema", "ops.autograd", "config", "names", "files"],
     ["backends", "backends.reference", "backends.cpu", "backends.triton.plan", "backends.triton.configs",
      "backends.triton.device", "backends.triton.forward", "backends.triton.backward", "backends.triton.finalize",
