@@ -29,8 +29,8 @@ import heterolora_kernels as hlk
 from bench.timing import Others, quartiles
 from bench.training import ALPHA, RANK, StepContender
 from heterolora_kernels.backends import use_backend
-from heterolora_kernels.patching import state_of
 from heterolora_kernels.search import PROBE_BATCHES
+from heterolora_kernels.state import state_of
 
 #: Optimizer steps of an epoch: about MRPC's, 4,076 pairs in batches of 16. The default interval is a fifth of it.
 EPOCH_STEPS = 250

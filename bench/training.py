@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import heterolora_kernels as hlk
 from bench.checks import WrongResult
 from heterolora_kernels.backends import use_backend
-from heterolora_kernels.patching import state_of
+from heterolora_kernels.state import state_of
 
 RANK, ALPHA = 8, 16
 _LLAMA_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -9,12 +9,12 @@ from heterolora_kernels.allocation import allocate, register_allocator
 from heterolora_kernels.backends import available_backends, unavailable_backends, use_backend
 from heterolora_kernels.config import HeteroLoraConfig, Site
 from heterolora_kernels.functional import lora_linear
+from heterolora_kernels.merging import merge_heterolora
 from heterolora_kernels.patching import (
     apply_heterolora,
     collect_statistics,
     disable_adapter,
     invalidate,
-    merge_heterolora,
     print_trainable_parameters,
     reference_model,
     remove_heterolora,

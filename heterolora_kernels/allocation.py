@@ -108,6 +108,29 @@ def _pools(paths: Iterable[str], kinds: Mapping[str, str], mode: str, budget: fl
     return [([*lora, *shortcuts], together)] if mode == "combined" else [(lora, limits[0]), (shortcuts, limits[1])]
 
 
+Scores = Mapping[str, float | Sequence[float]]
+
+
+def _each(function: Callable[..., float], *scores: float | Sequence[float]) -> float | list[float]:
+    """Of the numbers of one path, or row by row."""
+    return function(*scores) if isinstance(scores[0], (int, float)) else [function(*row) for row in zip(*scores)]
+
+
+def averaged(average: Scores, scores: Scores, decay: float) -> dict[str, float | list[float]]:
+    """The moving average ``decay * average + (1 - decay) * scores``; a path without an average begins with its score."""
+    return {name: _each(lambda old, new: decay * old + (1 - decay) * new, average.get(name, score), score)
+            for name, score in scores.items()}
+
+
+def steadied(scores: Scores, rows: Mapping[str, Sequence[bool]], hysteresis: float) -> dict[str, float | list[float]]:
+    """The scores of what is on, ``rows``, raised by ``hysteresis`` times their size; the others as they are."""
+    def lifted(score: float, on: bool) -> float:
+        return score + hysteresis * abs(score) if on else score
+
+    return {name: _each(lifted, score, any(rows[name]) if isinstance(score, (int, float)) else rows[name])
+            for name, score in scores.items()}
+
+
 def ranking(scores: Mapping[str, float], generator: torch.Generator) -> list[str]:
     """Paths from the highest score to the lowest; ties in an order drawn once from ``generator``."""
     names = list(scores)

@@ -22,12 +22,13 @@ from transformers.trainer_callback import ExportableState, TrainerControl, Train
 from transformers.trainer_pt_utils import LabelSmoother
 
 from heterolora_kernels.files import decode, encode
-from heterolora_kernels.patching import HeteroLoraState, count_parameters, state_of, unwrap
+from heterolora_kernels.patching import count_parameters
 from heterolora_kernels.peft_format import ADAPTER_NAMES
 from heterolora_kernels.planning import is_below
 from heterolora_kernels.save_and_load import NATIVE_NAME, write_native
 from heterolora_kernels.scoring import LossFunction, Metric, default_loss, inputs_of, loss_in
 from heterolora_kernels.search import RankSearch
+from heterolora_kernels.state import HeteroLoraState, state_of, unwrap
 
 #: What the Trainer looks for in a checkpoint.
 _WEIGHTS_NAME = "model.safetensors"

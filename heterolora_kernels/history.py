@@ -24,6 +24,30 @@ _FIELDS = {"step": int, "warmup": bool, "scores": (dict, type(None)), "ranks": d
            "active_parameters": int}
 
 
+def describe_ranks(rows: Mapping[str, Sequence[bool]], before: Mapping[str, Sequence[bool]], sizes: Mapping[str, int],
+                   scores: Mapping[str, float | Sequence[float]] | None, per_rank: bool) -> dict[str, object]:
+    """What an entry says of a choice of ranks.
+
+    Args:
+        rows, before: which rows of each path are active now, and were.
+        sizes: parameters of one row of each path.
+        scores: by which they were chosen; None in the warm-up.
+        per_rank: rows are ranked and counted, instead of paths.
+    """
+    # What is counted: paths, or rows where rows are ranked.
+    units = {name: row if per_rank else (any(row),) for name, row in rows.items()}
+    was = {name: row if per_rank else (any(row),) for name, row in before.items()}
+    on = [(name, i) for name in rows for i, active in enumerate(units[name]) if active]
+    fresh = [(name, i) for name, i in on if not was[name][i]]
+    return {
+        "scores": scores, "ranks": {name: sum(row) for name, row in rows.items()},
+        "threshold": None if scores is None else min(scores[name][i] if per_rank else scores[name] for name, i in on),
+        # Share of what is now on that was off before; at the first allocation everything was on.
+        "churn": len(fresh) / len(on),
+        "active_parameters": sum(sizes[name] * sum(row) for name, row in rows.items()),
+    }
+
+
 def _lines(entries: Iterable[Mapping]) -> bytes:
     # Infinities and NaN have no place in JSON; encoded they have, and come back.
     return "".join(json.dumps(encode(entry), allow_nan=False) + "\n" for entry in entries).encode()

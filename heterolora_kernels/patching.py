@@ -1,4 +1,4 @@
-"""Patch a model in place, and undo it: apply, remove, merge, disable.
+"""Patch a model in place, and undo it: apply, remove, disable.
 
 Everything is planned and checked before the first module is touched; a failure after that is undone.
 """
@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import copy
 import math
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from heterolora_kernels import distributed
 from heterolora_kernels.config import HeteroLoraConfig
-from heterolora_kernels.freezing import StepHooks
 from heterolora_kernels.grouping import GROUPS, LinearGroup
 from heterolora_kernels.instances import check_swappable, is_swapped, restore_class, swap_class
 from heterolora_kernels.layers import (
@@ -49,108 +46,11 @@ from heterolora_kernels.planning import (
     plan_shortcuts,
 )
 from heterolora_kernels.sites import SHORTCUTS, Carrier, LayerState, PatchedLayer, PatchedStack
+from heterolora_kernels.state import STATE_NAME, HeteroLoraState, state_of, unwrap
 from heterolora_kernels.undo import structure_of, undone_on_failure
 
-_STATE = "_heterolora_state"
 #: By which transformers knows a model with adapters; its Trainer refuses to train a quantised model without any.
 _HAS_ADAPTERS = "_hf_peft_config_loaded"
-
-
-@dataclass
-class HeteroLoraState:
-    """What patching added to a model; lives in the model's ``__dict__``.
-
-    Attributes:
-        paths: ``{name: Path}``, LoRA first, then shortcuts, each in the order of the model's modules.
-        linears: patched linears and norms.
-        layers, stacks: modules whose class was changed for the shortcuts.
-        hooks: ``(module, id of its forward pre-hook)``.
-        requires_grad: flags of the parameters before patching, by name.
-        step_hooks: the optimizer hooks (freezing, ledger, counting).
-        overrides: names of attributes that were put into the model's ``__dict__`` later, and go with the patch.
-    """
-
-    config: HeteroLoraConfig
-    switches: Switches
-    paths: dict[str, Path] = field(default_factory=dict)
-    linears: list[nn.Module] = field(default_factory=list)
-    layers: list[nn.Module] = field(default_factory=list)
-    stacks: list[nn.Module] = field(default_factory=list)
-    hooks: list[tuple[nn.Module, int]] = field(default_factory=list)
-    requires_grad: dict[str, bool] = field(default_factory=dict)
-    step_hooks: StepHooks = field(default_factory=StepHooks)
-    overrides: list[str] = field(default_factory=list)
-    _model: weakref.ref | None = field(default=None, repr=False, compare=False)
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_model": None}
-
-    def __post_init__(self) -> None:
-        self._register_hooks()
-
-    def __setstate__(self, state: dict) -> None:
-        # A copy gets hooks of its own: it is trained by optimizers of its own.
-        self.__dict__.update(state)
-        self._register_hooks()
-
-    def _register_hooks(self) -> None:
-        self.step_hooks.register(weakref.ref(self))
-
-    def renew_hooks(self) -> None:
-        """The optimizer hooks are there, once, whatever became of them."""
-        self.step_hooks.remove()
-        self._register_hooks()
-
-    @property
-    def device(self) -> torch.device:
-        """Where numbers about all paths are brought together: the first path's device."""
-        return next(iter(self.paths.values())).lora_A.device
-
-    def belongs_to(self, model: nn.Module) -> None:
-        """Know the model, also as a copy."""
-        self._model = weakref.ref(model)
-
-    def reshard(self) -> None:
-        """Let FSDP2 put the sharded parameters in their places, those that optimizers hold."""
-        model = None if self._model is None else self._model()
-        if model is not None:
-            distributed.reshard(model)
-
-    def write_masks(self) -> None:
-        """Bring the derived tensors of every module in line with the masks."""
-        for module in self.linears:
-            module._heterolora.write_masks()
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The patched module inside DDP's and torch.compile's wrappers."""
-    while _STATE not in model.__dict__:
-        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
-        if not isinstance(inner, nn.Module):
-            raise ValueError("model is not patched: call apply_heterolora(model, config) first")
-        model = inner
-    return model
-
-
-def is_patched(model: nn.Module) -> bool:
-    """Whether a model, wrapped or not, is patched."""
-    try:
-        unwrap(model)
-    except ValueError:
-        return False
-    return True
-
-
-def state_of(model: nn.Module) -> HeteroLoraState:
-    """The patched model's state.
-
-    Raises:
-        ValueError: the model is not patched.
-    """
-    inner = unwrap(model)
-    state = inner.__dict__[_STATE]
-    state.belongs_to(inner)
-    return state
 
 
 class _SavesAsBefore:
@@ -372,7 +272,7 @@ def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
     flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     state = HeteroLoraState(config, Switches(Ledger({}), packing=PackBudget(config.pack)), requires_grad=flags)
     with undone_on_failure(state.step_hooks.remove), undone_on_failure(structure_of(model)):
-        model.__dict__[_STATE] = state
+        model.__dict__[STATE_NAME] = state
         _Patcher(model, config, state).run(lora, layers, shortcuts)
         state.switches.ledger = Ledger(_ledger_rows(state))
         # Now and not at the first forward, which may be one that torch.compile traces.
@@ -413,7 +313,7 @@ def remove_heterolora(model: nn.Module) -> nn.Module:
     """
     model = unwrap(model)
     state = state_of(model)
-    _refuse_sharded(model, "remove_heterolora")
+    refuse_sharded(model, "remove_heterolora")
     with undone_on_failure(state.renew_hooks), undone_on_failure(structure_of(model)):
         for module, hook_id in state.hooks:
             module._forward_pre_hooks.pop(hook_id, None)
@@ -436,100 +336,16 @@ def remove_heterolora(model: nn.Module) -> nn.Module:
                 parameters[name].requires_grad_(flag)
         for name in state.overrides:
             model.__dict__.pop(name, None)
-        del model.__dict__[_STATE]
+        del model.__dict__[STATE_NAME]
         state.step_hooks.remove()
         return model
 
 
-def _refuse_sharded(model: nn.Module, what: str) -> None:
+def refuse_sharded(model: nn.Module, what: str) -> None:
+    """Raise ValueError in the name of the function ``what`` if FSDP holds the parameters."""
     if distributed.wrapper_of(model) is not None:
         raise ValueError(f"model is sharded, and FSDP cannot let go of parameters: {what} must be called before it is; "
                          "save_adapter (format='merged' for whole weights) works after it")
-
-
-def merge_heterolora(model: nn.Module, drop_shortcuts: bool = False) -> nn.Module:
-    """Add every active LoRA path to its weight, ``W += s B A`` over the active rows, and remove the patch.
-
-    Args:
-        model: a patched model.
-        drop_shortcuts: a shortcut reads another tensor than the linear whose output it joins, so it cannot become part of
-            a weight. True leaves active shortcuts out, which changes the outputs.
-
-    An interrupt before the first weight is written leaves the model as it was; one that comes later is raised when all are
-    written and the patch is gone, since a second copy of all weights may not fit.
-
-    Returns:
-        The model inside any wrapper, no longer patched.
-
-    Raises:
-        ValueError: shortcuts are active, a base is quantised, a weight is shared with another module, or a merged weight would
-            not be finite. The model is then as it was.
-    """
-    _refuse_sharded(unwrap(model), "merge_heterolora")
-    paths, inner = check_mergeable(model, drop_shortcuts), unwrap(model)
-    before = [_write_mark(path.holder.weight) for path in paths]
-
-    @torch.no_grad()
-    def write() -> None:
-        for path, mark in zip(paths, before):
-            weight = path.holder.weight
-            if torch.equal(_write_mark(weight), mark):
-                weight.copy_(merged_weight(path))
-
-    def finish() -> None:
-        if any(not torch.equal(_write_mark(path.holder.weight), mark) for path, mark in zip(paths, before)):
-            write()
-            if _STATE in inner.__dict__:
-                remove_heterolora(inner)
-
-    with undone_on_failure(finish):
-        write()
-        return remove_heterolora(inner)
-
-
-def _write_mark(weight: Tensor) -> Tensor:
-    """What changes when a weight is written: its version, or its values where it counts none."""
-    return weight.detach().clone() if weight.is_inference() else torch.tensor(weight._version)
-
-
-def check_mergeable(model: nn.Module, drop_shortcuts: bool = False) -> list[Path]:
-    """The active LoRA paths, after the checks of :func:`merge_heterolora`.
-
-    Raises:
-        ValueError: as there.
-    """
-    model = unwrap(model)
-    state = state_of(model)
-    active = [path.name for path in state.paths.values() if path.site is not None and any(path.active_rows())]
-    if active and not drop_shortcuts:
-        raise ValueError(f"{len(active)} active shortcuts cannot be merged into weights ({active[0]}, ...); save the adapter, "
-                         "or pass drop_shortcuts=True to leave them out")
-    lora = [path for path in state.paths.values() if path.site is None and any(path.active_rows())]
-    quantised = [path for path in lora if isinstance(path.holder, PatchedQuantised)]
-    if quantised:
-        raise ValueError(f"the base of {quantised[0].name!r} is quantised ({type(quantised[0].holder).__name__}), and so would "
-                         f"the merged weight have to be, which loses most of what was learnt ({len(quantised)} paths): save the "
-                         "adapter, and load it into the base in full precision to merge it there")
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    # Everything is checked before anything is written; computing twice is cheaper than a second copy of all weights.
-    for path in lora:
-        names = owners[id(path.holder.weight)]
-        if len(names) > 1:
-            raise ValueError(f"the weight of {path.name!r} is shared ({names}): merging would change all of them")
-        if not bool(torch.isfinite(merged_weight(path)).all()):
-            raise ValueError(f"the merged weight of {path.name!r} is not finite")
-    return lora
-
-
-@torch.no_grad()
-def merged_weight(path: Path) -> Tensor:
-    """``W + s B A`` over the active rows of a LoRA path, in W's dtype and layout."""
-    weight, lora_A, lora_B = (distributed.full(tensor) for tensor in (path.holder.weight, path.lora_A, path.lora_B))
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    delta = path.scaling * (lora_B.to(dtype)[:, path.mask] @ lora_A.to(dtype)[path.mask])
-    return (weight.to(dtype) + (delta.t() if is_conv1d(path.holder) else delta)).to(weight.dtype)
 
 
 @torch.no_grad()

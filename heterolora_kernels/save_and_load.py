@@ -25,19 +25,13 @@ from heterolora_kernels._version import __version__
 from heterolora_kernels.config import HeteroLoraConfig
 from heterolora_kernels.files import field_of
 from heterolora_kernels.layers import PatchedQuantised, Path
-from heterolora_kernels.patching import (
-    HeteroLoraState,
-    apply_heterolora,
-    check_mergeable,
-    is_patched,
-    merged_weight,
-    state_of,
-    unwrap,
-)
+from heterolora_kernels.merging import check_mergeable, merged_weight
+from heterolora_kernels.patching import apply_heterolora
 from heterolora_kernels.peft_format import ADAPTER_NAMES, PeftAdapter, heads_to_save, open_paths, own_tensors
 from heterolora_kernels.planning import is_below
 from heterolora_kernels.scoring import untouched
 from heterolora_kernels.search import RankSearch
+from heterolora_kernels.state import HeteroLoraState, is_patched, state_of, unwrap
 from heterolora_kernels.undo import structure_of, undone_on_failure, values_of
 
 NATIVE_NAME = "heterolora.json"

@@ -23,7 +23,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 from heterolora_kernels import backends, distributed
 from heterolora_kernels.layers import Path
 from heterolora_kernels.ops.ledger import row_statistics
-from heterolora_kernels.patching import HeteroLoraState, state_of, unwrap
+from heterolora_kernels.state import HeteroLoraState, state_of, unwrap
 from heterolora_kernels.undo import put_back, undone_on_failure
 
 LossFunction = Callable[[nn.Module, object], Tensor]

@@ -7,17 +7,16 @@ import dataclasses
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping
-from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
 from heterolora_kernels import alpha_test, distributed, synflow  # noqa: F401  (the two proxies register themselves)
-from heterolora_kernels.allocation import allocate, get_allocator
+from heterolora_kernels.allocation import allocate, averaged, get_allocator, steadied
 from heterolora_kernels.freezing import check_elementwise
+from heterolora_kernels.history import describe_ranks
 from heterolora_kernels.names import split_path
 from heterolora_kernels.ops.ledger import NUM_COLUMNS, Collector
-from heterolora_kernels.patching import state_of, unwrap
 from heterolora_kernels.proxies import PathSize, Proxy, get_proxy, normalized, scores_of
 from heterolora_kernels.scoring import (
     LossFunction,
@@ -29,6 +28,7 @@ from heterolora_kernels.scoring import (
     probe_loader,
     probe_rows,
 )
+from heterolora_kernels.state import state_of, unwrap
 from heterolora_kernels.undo import Undo, undone_on_failure
 
 #: Batches of a probe: T of the published runs (arXiv 2406.14956).
@@ -105,7 +105,7 @@ class RankSearch:
         self._generator = torch.Generator().manual_seed(self.config.seed)
         # Of a path, or of each of its rows where rows are ranked.
         self._times_on = {name: [0] * (self._state.paths[name].r if self._per_rank else 1) for name in self._eligible()}
-        self._average: dict[str, list[float]] = {}
+        self._average: dict[str, float | list[float]] = {}
         self._covered = False
         self._started = False
         self._steps = 0
@@ -122,7 +122,7 @@ class RankSearch:
     @property
     def ranks(self) -> dict[str, int]:
         """``{path: active rows}``."""
-        return {name: sum(rows) for name, rows in self._rows().items()}
+        return {name: sum(rows) for name, rows in self._state.rows().items()}
 
     @property
     def runs_losses(self) -> bool:
@@ -243,7 +243,7 @@ class RankSearch:
         Raises:
             ValueError: an unknown path, or a rank outside 0 ... r. Nothing is changed then.
         """
-        masks = self._masks_of(ranks)
+        masks = self._state.masks_of(ranks)
         with undone_on_failure(self.undo_point()):
             self._write(masks)
 
@@ -264,7 +264,7 @@ class RankSearch:
             "average": copy.deepcopy(self._average), "reset": self._state.step_hooks.pending_resets(),
             "generator": self._generator.get_state(),
             "history": copy.deepcopy(self.history), "window": window, "warned": sorted(self._warned),
-            "masks": {name: list(rows) for name, rows in self._rows().items()},
+            "masks": {name: list(rows) for name, rows in self._state.rows().items()},
         }
 
     def load_state_dict(self, state: Mapping) -> None:
@@ -325,31 +325,12 @@ class RankSearch:
 
     # ---- inside ----
 
-    def _masks_of(self, ranks: Mapping[str, int | Tensor | Iterable[bool]]) -> dict[str, Tensor]:
-        """The bool masks that ``ranks`` means, checked."""
-        masks: dict[str, Tensor] = {}
-        for name, value in ranks.items():
-            if name not in self._state.paths:
-                raise ValueError(f"ranks: there is no path {name!r}")
-            path = self._state.paths[name]
-            if isinstance(value, Integral) and not isinstance(value, bool):
-                if not 0 <= value <= path.r:
-                    raise ValueError(f"ranks[{name!r}] must be in 0 ... {path.r}, got {value}")
-                masks[name] = torch.arange(path.r, device="cpu") < int(value)
-            else:
-                mask = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
-                if mask.dtype != torch.bool or tuple(mask.shape) != (path.r,):
-                    raise ValueError(f"ranks[{name!r}] must be an int or a bool mask of shape [{path.r}], "
-                                     f"got {mask.dtype} of shape {list(mask.shape)}")
-                masks[name] = mask
-        return masks
-
     def undo_point(self) -> Undo:
         """Puts everything back that :meth:`apply`, :meth:`start` and :meth:`step` change to what it is now."""
         self._check_patched()
         state, hooks = self._state, self._state.step_hooks
         kept, reported, driven, resets = dict(self.__dict__), len(self.history), hooks.driven, hooks.pending_resets()
-        rows, generator, ledger = self._rows(), self._generator.get_state(), state.switches.ledger.undo_point()
+        rows, generator, ledger = self._state.rows(), self._generator.get_state(), state.switches.ledger.undo_point()
 
         @torch.no_grad()
         def undo() -> None:
@@ -365,9 +346,6 @@ class RankSearch:
                     state.paths[name].mask.copy_(torch.tensor(before, device="cpu"))
             state.write_masks()
         return undo
-
-    def _rows(self) -> dict[str, tuple[bool, ...]]:
-        return {name: path.active_rows() for name, path in self._state.paths.items()}
 
     @torch.no_grad()
     def _write(self, masks: Mapping[str, Tensor]) -> None:
@@ -500,41 +478,29 @@ class RankSearch:
         else:
             scores, made = self._score(self._proxy, self._score_of(self._proxy), None, self._per_rank, self._measures)
             self._warn_about_ties(scores)
-            scores = self._averaged(scores)
-        before = self._rows()
+            if self.config.score_decay > 0:
+                scores = self._average = averaged(self._average, scores, self.config.score_decay)
+        before = self._state.rows()
         self._write(self._agree(self._decision(scores if warming else self._steadied(scores))))
         self._count_coverage()
         self._reallocations += 1
         self._last = self._steps
-        self._record(warming, made, scores, before)
+        sizes = {name: path.num_parameters // path.r for name, path in self._state.paths.items()}
+        self.history.append({
+            "step": self._steps, "warmup": warming, "proxy": "constant" if warming else self._proxy.name, **made,
+            **describe_ranks(self._state.rows(), before, sizes, None if warming else scores, self._per_rank)})
         if self._window is not None:
             self._window.zero_()
 
-    def _averaged(self, scores: dict) -> dict:
-        """The moving average of the scores over reallocations."""
-        decay = self.config.score_decay
-        if decay == 0:
-            return scores
-        new = {name: value if self._per_rank else [value] for name, value in scores.items()}
-        self._average = {name: [decay * old + (1 - decay) * value for old, value in zip(self._average.get(name, values), values)]
-                         for name, values in new.items()}
-        return {name: list(values) if self._per_rank else values[0] for name, values in self._average.items()}
-
     def _steadied(self, scores: dict) -> dict:
         """The scores with the advantage of what is on, once the proxy and not the warm-up has put it there."""
-        if self.config.hysteresis == 0 or not self.history or self.history[-1]["warmup"]:
+        if not self.history or self.history[-1]["warmup"]:
             return scores
-
-        def lifted(score: float, on: bool) -> float:
-            return score + self.config.hysteresis * abs(score) if on else score
-
-        rows = self._rows()
-        return {name: [lifted(*pair) for pair in zip(score, rows[name])] if self._per_rank else lifted(score, any(rows[name]))
-                for name, score in scores.items()}
+        return steadied(scores, self._state.rows(), self.config.hysteresis)
 
     def _count_coverage(self) -> None:
         """Count what is on, and see whether the warm-up has covered everything."""
-        rows = self._rows()
+        rows = self._state.rows()
         on = {name: rows[name] if self._per_rank else (any(rows[name]),) for name in self._times_on}
         news = any(now and times == 0 for name, counts in self._times_on.items() for now, times in zip(on[name], counts))
         self._times_on = {name: [times + now for now, times in zip(on[name], counts)] for name, counts in self._times_on.items()}
@@ -543,7 +509,7 @@ class RankSearch:
 
     def _decision(self, scores: Mapping[str, float]) -> dict[str, Tensor]:
         """The allocator's answer as masks, checked before anything is switched."""
-        masks = self._masks_of(self.allocate(scores))
+        masks = self._state.masks_of(self.allocate(scores))
         missing = [name for name in self.paths if name not in masks]
         if missing:
             raise ValueError(f"allocator {self.config.ranks!r} gave no rank for {missing[0]!r} and {len(missing) - 1} others")
@@ -556,23 +522,6 @@ class RankSearch:
         flat = torch.cat([masks[name].to(self._state.device, torch.int64) for name in self.paths])
         parts = distributed.broadcast_(flat).bool().split([self._state.paths[name].r for name in self.paths])
         return dict(zip(self.paths, parts))
-
-    def _record(self, warming: bool, made: dict, scores: dict, before: dict[str, tuple[bool, ...]]) -> None:
-        paths = self._state.paths
-        rows = self._rows()
-        # What is counted: paths, or rows where rows are ranked.
-        units = {name: rows[name] if self._per_rank else (any(rows[name]),) for name in paths}
-        was = {name: before[name] if self._per_rank else (any(before[name]),) for name in paths}
-        on = [(name, i) for name in paths for i, active in enumerate(units[name]) if active]
-        fresh = [(name, i) for name, i in on if not was[name][i]]
-        self.history.append({
-            "step": self._steps, "warmup": warming, "proxy": "constant" if warming else self._proxy.name, **made,
-            "scores": None if warming else scores, "ranks": self.ranks,
-            "threshold": None if warming else min(scores[name][i] if self._per_rank else scores[name] for name, i in on),
-            # Share of what is now on that was off before; at the first allocation everything was on.
-            "churn": len(fresh) / len(on),
-            "active_parameters": sum(paths[name].num_parameters // paths[name].r * sum(mask) for name, mask in rows.items()),
-        })
 
     def _warn(self, key: str, message: str) -> None:
         if key not in self._warned:

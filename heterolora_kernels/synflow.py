@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from heterolora_kernels import _env, distributed
 from heterolora_kernels.backends import use_backend
-from heterolora_kernels.patching import HeteroLoraState
 from heterolora_kernels.planning import is_quantised, is_quantised_linear
 from heterolora_kernels.proxies import get_proxy, register_proxy, scores_of
 from heterolora_kernels.scoring import ScoringPass, gradient_rows, twins, untouched
+from heterolora_kernels.state import HeteroLoraState
 from heterolora_kernels.undo import put_back
 
 #: What a copy of the parameters may take of the memory that is free: activations and gradients need some as well.

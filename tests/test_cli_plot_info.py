@@ -17,7 +17,7 @@ from heterolora_kernels.backends import Backend, register_backend
 from heterolora_kernels.cli import main
 from heterolora_kernels.cli.info import describe, skeleton
 from heterolora_kernels.history import write_jsonl
-from heterolora_kernels.patching import state_of
+from heterolora_kernels.state import state_of
 
 TINY_LLAMA = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
                          num_key_value_heads=1, architectures=["LlamaForCausalLM"])

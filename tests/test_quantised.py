@@ -18,7 +18,7 @@ import heterolora_kernels as hlk
 from heterolora_kernels import peft_layers
 from heterolora_kernels.callback import HeteroLoraCallback
 from heterolora_kernels.layers import PatchedQuantised
-from heterolora_kernels.patching import state_of
+from heterolora_kernels.state import state_of
 
 HIDDEN, LINEARS, PATHS = 64, 14, 21
 
