@@ -20,6 +20,7 @@ from heterolora_kernels.patching import (
     remove_heterolora,
     reset_adapters,
 )
+from heterolora_kernels.peft_layers import accelerate_peft, restore_peft
 from heterolora_kernels.proxies import available_proxies, register_proxy
 from heterolora_kernels.save_and_load import load_adapter, load_search_state, save_adapter
 from heterolora_kernels.search import RankSearch
@@ -29,6 +30,7 @@ __all__ = [
     "RankSearch",
     "Site",
     "__version__",
+    "accelerate_peft",
     "allocate",
     "apply_heterolora",
     "available_backends",
@@ -46,6 +48,7 @@ __all__ = [
     "register_proxy",
     "remove_heterolora",
     "reset_adapters",
+    "restore_peft",
     "save_adapter",
     "unavailable_backends",
     "use_backend",

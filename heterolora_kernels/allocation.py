@@ -111,7 +111,7 @@ def _pools(paths: Iterable[str], kinds: Mapping[str, str], mode: str, budget: fl
 def ranking(scores: Mapping[str, float], generator: torch.Generator) -> list[str]:
     """Paths from the highest score to the lowest; ties in an order drawn once from ``generator``."""
     names = list(scores)
-    drawn = torch.randperm(len(names), generator=generator).tolist()
+    drawn = torch.randperm(len(names), generator=generator, device="cpu").tolist()
     order = sorted(range(len(names)), key=lambda i: (-scores[names[i]], drawn[i]))
     return [names[i] for i in order]
 
@@ -198,7 +198,7 @@ def _graded(scores, costs, budget, *, kinds, max_ranks, mode, budget_unit, rank_
     A path's rows are ordered by score and cut into units, whose score is their mean. A path whose next unit does not fit
     takes no later one either: its rank is a multiple of the step, or its full rank.
     """
-    drawn = torch.randperm(sum(max_ranks[path] for path in scores), generator=generator).tolist()
+    drawn = torch.randperm(sum(max_ranks[path] for path in scores), generator=generator, device="cpu").tolist()
     cost = {path: 1 if budget_unit == "modules" else costs[path] // max_ranks[path] for path in scores}
     units: dict[str, list[tuple[float, int, list[int]]]] = {}
     first = 0

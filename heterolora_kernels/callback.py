@@ -22,7 +22,7 @@ from transformers.trainer_callback import ExportableState, TrainerControl, Train
 from transformers.trainer_pt_utils import LabelSmoother
 
 from heterolora_kernels.files import decode, encode
-from heterolora_kernels.patching import count_parameters, state_of, unwrap
+from heterolora_kernels.patching import HeteroLoraState, count_parameters, state_of, unwrap
 from heterolora_kernels.peft_format import ADAPTER_NAMES
 from heterolora_kernels.planning import is_below
 from heterolora_kernels.save_and_load import NATIVE_NAME, write_native
@@ -65,8 +65,8 @@ class HeteroLoraCallback(TrainerCallback, ExportableState):
         search: the :class:`~heterolora_kernels.search.RankSearch`; None before training.
 
     Raises:
-        ValueError: when the Trainer is built, of a model that is not patched; when training begins, of a checkpoint without
-            the state of a search.
+        ValueError: when the Trainer is built, of a model that is not patched, and of what TRL would do wrong with one; when
+            training begins, of a checkpoint without the state of a search.
     """
 
     def __init__(self, loss_fn: LossFunction | None = None, metric: Metric | str | None = None,
@@ -155,9 +155,7 @@ class HeteroLoraCallback(TrainerCallback, ExportableState):
         if args.n_gpu > 1:
             raise ValueError(f"the Trainer would use nn.DataParallel on {args.n_gpu} GPUs, which shares what a forward captures "
                              "among threads: launch with torchrun or accelerate, or show it one GPU (CUDA_VISIBLE_DEVICES=0)")
-        if getattr(args, "sync_ref_model", False):
-            raise ValueError("sync_ref_model=True: TRL copies parameters by position into a reference model, which has none of "
-                             "these adapters, or other ranks; set it to False")
+        _check_trl(patched, state, args)
         if getattr(args, "disable_dropout", False):
             # TRL turns off nn.Dropout alone.
             for linear in state.linears:
@@ -263,6 +261,17 @@ class _TrainerSide:
     def _is_own(self, name: str) -> bool:
         owner, _, leaf = name.rpartition(".")
         return leaf in ADAPTER_NAMES or is_below(owner, state_of(self._model).config.heads)
+
+
+def _check_trl(model: nn.Module, state: HeteroLoraState, args: TrainingArguments) -> None:
+    """Refuse what TRL would do wrong without a word."""
+    if getattr(args, "sync_ref_model", False):
+        raise ValueError("sync_ref_model=True: TRL copies parameters by position into a reference model, which has none of these "
+                         "adapters, or other ranks; set it to False")
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if any(cls.__module__.startswith("trl.") for cls in type(args).__mro__) and any(head is linear for linear in state.linears):
+        raise ValueError("target_modules: TRL multiplies by the weight of the output embeddings itself and would never train "
+                         "their adapter; leave them out ('lm_head')")
 
 
 def _refuse_other_losses(model: nn.Module) -> None:

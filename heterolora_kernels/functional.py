@@ -159,14 +159,17 @@ def lora_linear_group(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Ten
 
 
 def lora_delta(base_out: Tensor, sources: Sequence[Tensor], lora_A: Sequence[Tensor], lora_B: Sequence[Tensor],
-               scaling: Tensor, gate: Tensor, active: Tensor, *, rng: Tensor | None = None, dropout_p: float = 0.0,
+               scaling: Tensor, gate: Tensor, active: Tensor, *, x: Tensor | None = None,
+               path_source: Sequence[int] | None = None, rng: Tensor | None = None, dropout_p: float = 0.0,
                probe: Tensor | None = None, backend: str | None = None) -> Tensor:
     """``base_out + sum_p s_p (drop(u_p) A_p^T * gate_p) B_p^T`` for an output that something else computed.
 
     Args:
-        base_out: [..., N], for example the output of a norm.
-        sources: one tensor [..., K_p] per path, as many rows as base_out.
+        base_out: [..., N], for example the output of a norm or of a quantised linear.
+        sources: tensors [..., K_j] with as many rows as base_out.
         lora_A, lora_B: [r_p, K_p] and [N, r_p] per path.
+        x: [..., K], what paths with ``path_source`` -1 read.
+        path_source: the source of each path, an index into ``sources`` or -1 for x; by default path p reads ``sources[p]``.
         scaling, gate, active, rng, dropout_p, probe, backend: as in :func:`lora_linear_group`.
 
     Returns:
@@ -176,8 +179,9 @@ def lora_delta(base_out: Tensor, sources: Sequence[Tensor], lora_A: Sequence[Ten
         ValueError, TypeError: name the argument.
     """
     flat = _flat(base_out)
-    # No path reads x here, it only tells M and the dtype: detached, it asks for no gradient and is no duplicate input.
+    # Where no path reads x it only tells M and the dtype: detached, it asks for no gradient and is no duplicate input.
     outs = call_lora_delta(
-        resolve(base_out.device, backend, base_out.dtype), flat.detach(), [flat], [_flat(u) for u in sources], list(lora_A),
-        list(lora_B), scaling, gate, active, rng, [0] * len(lora_A), list(range(len(sources))), dropout_p, probe)
+        resolve(base_out.device, backend, base_out.dtype), flat.detach() if x is None else _flat(x), [flat],
+        [_flat(u) for u in sources], list(lora_A), list(lora_B), scaling, gate, active, rng, [0] * len(lora_A),
+        list(range(len(sources)) if path_source is None else path_source), dropout_p, probe)
     return outs[0].reshape(base_out.shape)

@@ -1,6 +1,6 @@
 """Patch a model in place, and undo it: apply, remove, merge, disable.
 
-Everything is planned and checked before the first module is touched; a failure after that is rolled back.
+Everything is planned and checked before the first module is touched; a failure after that is undone.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from heterolora_kernels import distributed
 from heterolora_kernels.config import HeteroLoraConfig
 from heterolora_kernels.freezing import StepHooks
 from heterolora_kernels.grouping import GROUPS, LinearGroup
@@ -23,6 +24,7 @@ from heterolora_kernels.layers import (
     PatchedConv1D,
     PatchedLinear,
     PatchedNorm,
+    PatchedQuantised,
     Path,
     PathSet,
     ShortcutPath,
@@ -35,18 +37,23 @@ from heterolora_kernels.peft_format import ADAPTER_NAMES, read_peft
 from heterolora_kernels.planning import (
     PlannedLayer,
     PlannedPath,
+    base_tensor,
     check_heads,
     check_shortcut_layers,
     find_targets,
     is_below,
     is_conv1d,
+    is_quantised_linear,
     plan_layers,
     plan_lora,
     plan_shortcuts,
 )
 from heterolora_kernels.sites import SHORTCUTS, Carrier, LayerState, PatchedLayer, PatchedStack
+from heterolora_kernels.undo import structure_of, undone_on_failure
 
 _STATE = "_heterolora_state"
+#: By which transformers knows a model with adapters; its Trainer refuses to train a quantised model without any.
+_HAS_ADAPTERS = "_hf_peft_config_loaded"
 
 
 @dataclass
@@ -73,6 +80,10 @@ class HeteroLoraState:
     requires_grad: dict[str, bool] = field(default_factory=dict)
     step_hooks: StepHooks = field(default_factory=StepHooks)
     overrides: list[str] = field(default_factory=list)
+    _model: weakref.ref | None = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_model": None}
 
     def __post_init__(self) -> None:
         self._register_hooks()
@@ -85,10 +96,25 @@ class HeteroLoraState:
     def _register_hooks(self) -> None:
         self.step_hooks.register(weakref.ref(self))
 
+    def renew_hooks(self) -> None:
+        """The optimizer hooks are there, once, whatever became of them."""
+        self.step_hooks.remove()
+        self._register_hooks()
+
     @property
     def device(self) -> torch.device:
         """Where numbers about all paths are brought together: the first path's device."""
         return next(iter(self.paths.values())).lora_A.device
+
+    def belongs_to(self, model: nn.Module) -> None:
+        """Know the model, also as a copy."""
+        self._model = weakref.ref(model)
+
+    def reshard(self) -> None:
+        """Let FSDP2 put the sharded parameters in their places, those that optimizers hold."""
+        model = None if self._model is None else self._model()
+        if model is not None:
+            distributed.reshard(model)
 
     def write_masks(self) -> None:
         """Bring the derived tensors of every module in line with the masks."""
@@ -106,13 +132,40 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_patched(model: nn.Module) -> bool:
+    """Whether a model, wrapped or not, is patched."""
+    try:
+        unwrap(model)
+    except ValueError:
+        return False
+    return True
+
+
 def state_of(model: nn.Module) -> HeteroLoraState:
     """The patched model's state.
 
     Raises:
         ValueError: the model is not patched.
     """
-    return unwrap(model).__dict__[_STATE]
+    inner = unwrap(model)
+    state = inner.__dict__[_STATE]
+    state.belongs_to(inner)
+    return state
+
+
+class _SavesAsBefore:
+    """Holds ``save_pretrained`` of a quantised model that has adapters, for which transformers' own would ask PEFT."""
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+
+    def save_pretrained(self, *args, **kwargs):
+        """What it writes of any patched model: the base with the adapters' tensors."""
+        self._model.__dict__[_HAS_ADAPTERS] = False
+        try:
+            return type(self._model).save_pretrained(self._model, *args, **kwargs)
+        finally:
+            self._model.__dict__[_HAS_ADAPTERS] = True
 
 
 class _Patcher:
@@ -141,9 +194,8 @@ class _Patcher:
         """The path set of a module, patching it at the first call."""
         module = self.modules[name]
         if not is_swapped(module):
-            mixin = PatchedConv1D if is_conv1d(module) else PatchedLinear if isinstance(module, nn.Linear) else PatchedNorm
-            switches = self.state.switches
-            packs = None if mixin is PatchedNorm else Packs(switches.packing)
+            mixin, switches = _mixin_of(module), self.state.switches
+            packs = Packs(switches.packing) if mixin in (PatchedLinear, PatchedConv1D) else None
             module._heterolora = PathSet([], switches, float(self.config.lora_dropout), packs=packs)
             self.state.linears.append(module)
             swap_class(module, mixin)
@@ -151,14 +203,14 @@ class _Patcher:
 
     def add_lora(self, plan: PlannedPath) -> None:
         module = self.modules[plan.name]
-        self.add_path(plan, module.weight, module, self.path_set(plan.name))
+        self.add_path(plan, base_tensor(module), module, self.path_set(plan.name))
 
     def add_shortcut(self, layer_state: LayerState, layer: PlannedLayer, plan: PlannedPath, base: str) -> None:
         paths = self.path_set(base)
         paths.layer = layer_state
         holder = ShortcutPath(plan.in_features, plan.out_features, paths)
         linear = layer.module.get_submodule(getattr(layer.site, SHORTCUTS[plan.site][1]))
-        self.add_path(plan, linear.weight, holder, paths)
+        self.add_path(plan, base_tensor(linear), holder, paths)
         layer.module.add_module(plan.site, holder)
 
     def patch_layer(self, module: nn.Module, state: LayerState) -> None:
@@ -240,12 +292,20 @@ class _Patcher:
                 parameter.requires_grad_(is_below(owner, self.config.heads) and parameter.is_floating_point())
 
 
+def _mixin_of(module: nn.Module) -> type:
+    """How the paths of a module are run."""
+    if is_quantised_linear(module):
+        return PatchedQuantised
+    return PatchedConv1D if is_conv1d(module) else PatchedLinear if isinstance(module, nn.Linear) else PatchedNorm
+
+
 def _can_run_as_one(linears: Sequence[nn.Module]) -> bool:
     """Whether linears that read one x have one path of it each, and weights that are alike."""
+    if not all(isinstance(linear, PatchedLinear) for linear in linears):
+        return False
     first = linears[0].weight
-    return all(isinstance(linear, PatchedLinear) and [path.site for path in linear._heterolora.paths] == [None]
-               and linear.weight.shape[1] == first.shape[1] and linear.weight.dtype == first.dtype
-               and linear.weight.device == first.device for linear in linears)
+    return all([path.site for path in linear._heterolora.paths] == [None] and linear.weight.shape[1] == first.shape[1]
+               and linear.weight.dtype == first.dtype and linear.weight.device == first.device for linear in linears)
 
 
 def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
@@ -271,6 +331,10 @@ def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or hasattr(model, "_orig_mod"):
         raise ValueError(f"model is wrapped ({type(model).__name__}): call apply_heterolora first, then wrap or compile; a "
                          "wrapper made before does not know the adapters")
+    wrapper = distributed.wrapper_of(model)
+    if wrapper is not None:
+        raise ValueError(f"model is already sharded ({wrapper}): call apply_heterolora first, then fully_shard, which would not "
+                         "know adapters that come later; tensor parallelism is not supported")
     if torch.is_inference_mode_enabled():
         raise RuntimeError("apply_heterolora was called under torch.inference_mode: adapters made there can never be trained")
     if any(is_swapped(module) for module in model.modules()):
@@ -307,19 +371,21 @@ def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
 
     flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     state = HeteroLoraState(config, Switches(Ledger({}), packing=PackBudget(config.pack)), requires_grad=flags)
-    model.__dict__[_STATE] = state
-    try:
+    with undone_on_failure(state.step_hooks.remove), undone_on_failure(structure_of(model)):
+        model.__dict__[_STATE] = state
         _Patcher(model, config, state).run(lora, layers, shortcuts)
         state.switches.ledger = Ledger(_ledger_rows(state))
         # Now and not at the first forward, which may be one that torch.compile traces.
         for module in state.linears:
             module._heterolora.refresh()
+        if getattr(model, "is_quantized", False) and not getattr(model, _HAS_ADAPTERS, False):
+            overrides = {_HAS_ADAPTERS: True, "save_pretrained": _SavesAsBefore(model).save_pretrained}
+            model.__dict__.update(overrides)
+            state.overrides.extend(overrides)
+        # The last step: it writes into heads, and undoes that itself.
         if adapter is not None:
             adapter.copy_into(model, state.paths)
-    except BaseException:
-        remove_heterolora(model)
-        raise
-    return model
+        return model
 
 
 def _ledger_rows(state: HeteroLoraState) -> dict[str, int]:
@@ -336,40 +402,49 @@ def remove_heterolora(model: nn.Module) -> nn.Module:
     """Give back the model that was patched: types, tensors, flags and hooks; the adapters are dropped.
 
     Args:
-        model: a patched model, wrapped or not. Modules of ``modules_to_save`` keep what they learnt: they are its own.
+        model: a patched model, wrapped or not. Modules of ``modules_to_save`` keep what they learnt: they are its own. If it
+            fails, the model stays patched.
 
     Returns:
         The model inside any wrapper.
 
     Raises:
-        ValueError: it is not patched.
+        ValueError: it is not patched, or it is sharded.
     """
     model = unwrap(model)
     state = state_of(model)
-    state.step_hooks.remove()
-    for module, hook_id in state.hooks:
-        module._forward_pre_hooks.pop(hook_id, None)
-        module._forward_pre_hooks_with_kwargs.pop(hook_id, None)
-    for path in state.paths.values():
-        if path.site is not None:
-            layer, _, site = path.name.rpartition(".")
-            model.get_submodule(layer)._modules.pop(site, None)
-    for module in (*state.linears, *state.layers, *state.stacks):
-        for name in ADAPTER_NAMES:
-            module._parameters.pop(name, None)
-            module._buffers.pop(name, None)
-        module.__dict__.pop("_heterolora", None)
-        module.__dict__.pop("_heterolora_carriers", None)
-        if is_swapped(module):
-            restore_class(module)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, flag in state.requires_grad.items():
-        if name in parameters:
-            parameters[name].requires_grad_(flag)
-    for name in state.overrides:
-        model.__dict__.pop(name, None)
-    del model.__dict__[_STATE]
-    return model
+    _refuse_sharded(model, "remove_heterolora")
+    with undone_on_failure(state.renew_hooks), undone_on_failure(structure_of(model)):
+        for module, hook_id in state.hooks:
+            module._forward_pre_hooks.pop(hook_id, None)
+            module._forward_pre_hooks_with_kwargs.pop(hook_id, None)
+        for path in state.paths.values():
+            if path.site is not None:
+                layer, _, site = path.name.rpartition(".")
+                model.get_submodule(layer)._modules.pop(site, None)
+        for module in (*state.linears, *state.layers, *state.stacks):
+            for name in ADAPTER_NAMES:
+                module._parameters.pop(name, None)
+                module._buffers.pop(name, None)
+            module.__dict__.pop("_heterolora", None)
+            module.__dict__.pop("_heterolora_carriers", None)
+            if is_swapped(module):
+                restore_class(module)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for name, flag in state.requires_grad.items():
+            if name in parameters:
+                parameters[name].requires_grad_(flag)
+        for name in state.overrides:
+            model.__dict__.pop(name, None)
+        del model.__dict__[_STATE]
+        state.step_hooks.remove()
+        return model
+
+
+def _refuse_sharded(model: nn.Module, what: str) -> None:
+    if distributed.wrapper_of(model) is not None:
+        raise ValueError(f"model is sharded, and FSDP cannot let go of parameters: {what} must be called before it is; "
+                         "save_adapter (format='merged' for whole weights) works after it")
 
 
 def merge_heterolora(model: nn.Module, drop_shortcuts: bool = False) -> nn.Module:
@@ -380,17 +455,41 @@ def merge_heterolora(model: nn.Module, drop_shortcuts: bool = False) -> nn.Modul
         drop_shortcuts: a shortcut reads another tensor than the linear whose output it joins, so it cannot become part of
             a weight. True leaves active shortcuts out, which changes the outputs.
 
+    An interrupt before the first weight is written leaves the model as it was; one that comes later is raised when all are
+    written and the patch is gone, since a second copy of all weights may not fit.
+
     Returns:
         The model inside any wrapper, no longer patched.
 
     Raises:
-        ValueError: shortcuts are active, a weight is shared with another module, or a merged weight would not be finite.
-            The model is then as it was.
+        ValueError: shortcuts are active, a base is quantised, a weight is shared with another module, or a merged weight would
+            not be finite. The model is then as it was.
     """
-    for path in check_mergeable(model, drop_shortcuts):
-        with torch.no_grad():
-            path.holder.weight.copy_(merged_weight(path))
-    return remove_heterolora(model)
+    _refuse_sharded(unwrap(model), "merge_heterolora")
+    paths, inner = check_mergeable(model, drop_shortcuts), unwrap(model)
+    before = [_write_mark(path.holder.weight) for path in paths]
+
+    @torch.no_grad()
+    def write() -> None:
+        for path, mark in zip(paths, before):
+            weight = path.holder.weight
+            if torch.equal(_write_mark(weight), mark):
+                weight.copy_(merged_weight(path))
+
+    def finish() -> None:
+        if any(not torch.equal(_write_mark(path.holder.weight), mark) for path, mark in zip(paths, before)):
+            write()
+            if _STATE in inner.__dict__:
+                remove_heterolora(inner)
+
+    with undone_on_failure(finish):
+        write()
+        return remove_heterolora(inner)
+
+
+def _write_mark(weight: Tensor) -> Tensor:
+    """What changes when a weight is written: its version, or its values where it counts none."""
+    return weight.detach().clone() if weight.is_inference() else torch.tensor(weight._version)
 
 
 def check_mergeable(model: nn.Module, drop_shortcuts: bool = False) -> list[Path]:
@@ -405,10 +504,15 @@ def check_mergeable(model: nn.Module, drop_shortcuts: bool = False) -> list[Path
     if active and not drop_shortcuts:
         raise ValueError(f"{len(active)} active shortcuts cannot be merged into weights ({active[0]}, ...); save the adapter, "
                          "or pass drop_shortcuts=True to leave them out")
+    lora = [path for path in state.paths.values() if path.site is None and any(path.active_rows())]
+    quantised = [path for path in lora if isinstance(path.holder, PatchedQuantised)]
+    if quantised:
+        raise ValueError(f"the base of {quantised[0].name!r} is quantised ({type(quantised[0].holder).__name__}), and so would "
+                         f"the merged weight have to be, which loses most of what was learnt ({len(quantised)} paths): save the "
+                         "adapter, and load it into the base in full precision to merge it there")
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
-    lora = [path for path in state.paths.values() if path.site is None and any(path.active_rows())]
     # Everything is checked before anything is written; computing twice is cheaper than a second copy of all weights.
     for path in lora:
         names = owners[id(path.holder.weight)]
@@ -422,9 +526,9 @@ def check_mergeable(model: nn.Module, drop_shortcuts: bool = False) -> list[Path
 @torch.no_grad()
 def merged_weight(path: Path) -> Tensor:
     """``W + s B A`` over the active rows of a LoRA path, in W's dtype and layout."""
-    weight = path.holder.weight
+    weight, lora_A, lora_B = (distributed.full(tensor) for tensor in (path.holder.weight, path.lora_A, path.lora_B))
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    delta = path.scaling * (path.lora_B.to(dtype)[:, path.mask] @ path.lora_A.to(dtype)[path.mask])
+    delta = path.scaling * (lora_B.to(dtype)[:, path.mask] @ lora_A.to(dtype)[path.mask])
     return (weight.to(dtype) + (delta.t() if is_conv1d(path.holder) else delta)).to(weight.dtype)
 
 
@@ -436,12 +540,13 @@ def reset_adapters(model: nn.Module) -> None:
         model: a patched model. Optimizers and heads of ``modules_to_save`` are not touched.
     """
     state = state_of(model)
+    state.reshard()
     for path in state.paths.values():
         (out_features, r), in_features = path.lora_B.shape, path.lora_A.shape[1]
         fresh = make_adapter(path.name, r, in_features, out_features, state.config.seed, state.config.init_B,
                              path.lora_A.dtype, path.lora_A.device)
-        path.lora_A.copy_(fresh[0])
-        path.lora_B.copy_(fresh[1])
+        distributed.copy_(path.lora_A, fresh[0])
+        distributed.copy_(path.lora_B, fresh[1])
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from heterolora_kernels.scoring import (
     probe_loader,
     probe_rows,
 )
+from heterolora_kernels.undo import Undo, undone_on_failure
 
 #: Batches of a probe: T of the published runs (arXiv 2406.14956).
 PROBE_BATCHES = 32
@@ -42,7 +43,7 @@ class RankSearch:
     puts every path on at full rank.
 
     Args:
-        model: a patched model, wrapped or not.
+        model: a patched model, alone, in DistributedDataParallel or sharded by FSDP2 (``fully_shard``).
         optimizer: checked to hold the adapters; the search works without it.
         dataloader: batches for ``score="probe"``. A shuffling DataLoader is read through an own unshuffled twin, so that
             the head of the training set is scored.
@@ -70,6 +71,10 @@ class RankSearch:
                  greater_is_better: bool | None = None, tolerance: float = 0.01):
         self._model = model
         self._state = state_of(model)
+        if distributed.check_wrapped(model, list(self._state.paths.values())):
+            distributed.reshard(model)
+            # A pack would be a copy of the whole weight on every process, and the gathered weight is another one each time.
+            self._state.switches.packing.mode = "off"
         self.config = self._state.config
         self._proxy = get_proxy(self.config.proxy)
         self._per_rank = get_allocator(self.config.ranks).per_rank
@@ -107,6 +112,7 @@ class RankSearch:
         self._last = 0
         self._reallocations = 0
         self._window: Collector | None = None
+        self._forget_window: weakref.finalize | None = None
         self._warned: set[str] = set()
         self.apply({path.name: path.r for path in self._state.paths.values()})
         self._state.step_hooks.observers.add(self)
@@ -116,7 +122,7 @@ class RankSearch:
     @property
     def ranks(self) -> dict[str, int]:
         """``{path: active rows}``."""
-        return {name: sum(path.active_rows()) for name, path in self._state.paths.items()}
+        return {name: sum(rows) for name, rows in self._rows().items()}
 
     @property
     def runs_losses(self) -> bool:
@@ -137,40 +143,45 @@ class RankSearch:
             self._interval_steps()
         if self.config.search != "off" and self._score_of(self._proxy) == "probe" and self._proxy.needs_data:
             self._probe_loader()
-        if self.config.search != "off" and (self._warming() or self._score_of(self._proxy) == "probe"):
-            self._reallocate()
-        self._started = True
-        # A static search is done; a dynamic one is driven by step().
-        self._state.step_hooks.driven = self._state.step_hooks.driven or self.config.search == "static"
-        self._update_window()
+        with undone_on_failure(self.undo_point()):
+            if self.config.search != "off" and (self._warming() or self._score_of(self._proxy) == "probe"):
+                self._reallocate()
+            self._started = True
+            # A static search is done; a dynamic one is driven by step().
+            self._state.step_hooks.driven = self._state.step_hooks.driven or self.config.search == "static"
+            self._update_window()
 
     def step(self) -> bool:
         """Count one optimizer step, and reallocate if it is due.
 
+        If it fails, nothing has been counted and no rank has changed: it may be called again.
+
         Returns:
             Whether ranks were chosen in this call.
         """
-        self._state.step_hooks.driven = True
-        if self._accumulation is not None and not self._accumulation.sync_gradients:
-            # accelerate's optimizer did nothing either: the statistics so far belong to a step that is still to come.
-            return False
-        if self._window is not None:
-            # What no optimizer hook has committed belongs to a step that was skipped.
-            self._window.discard()
-        fresh = not self._started
-        self.start()
-        self._steps += 1
-        done = False
-        if self.config.search == "dynamic" and self._steps - self._last >= self._interval_steps():
-            if self._warming() or not self._needs_window() or self._window_steps() > 0:
-                self._reallocate()
-                done = True
-            elif not fresh:
-                self._warn("empty_window",
-                           "a reallocation is due, but the statistics of all optimizer steps in its window were not finite or "
-                           "the steps were skipped: it is put off until there are some")
-        self._update_window()
-        return done
+        with undone_on_failure(self.undo_point()):
+            self._state.step_hooks.driven = True
+            if self._accumulation is not None and not self._accumulation.sync_gradients:
+                # accelerate's optimizer did nothing either: the statistics so far belong to a step that is still to come.
+                return False
+            if self._window is not None:
+                # What no optimizer hook has committed belongs to a step that was skipped.
+                self._window.discard()
+                self._hand_over()
+            fresh = not self._started
+            self.start()
+            self._steps += 1
+            done = False
+            if self.config.search == "dynamic" and self._steps - self._last >= self._interval_steps():
+                if self._warming() or not self._needs_window() or self._window_steps() > 0:
+                    self._reallocate()
+                    done = True
+                elif not fresh:
+                    self._warn("empty_window",
+                               "a reallocation is due, but the statistics of all optimizer steps in its window were not finite "
+                               "or the steps were skipped: it is put off until there are some")
+            self._update_window()
+            return done
 
     # ---- the three steps of a reallocation ----
 
@@ -232,7 +243,9 @@ class RankSearch:
         Raises:
             ValueError: an unknown path, or a rank outside 0 ... r. Nothing is changed then.
         """
-        self._write(self._masks_of(ranks))
+        masks = self._masks_of(ranks)
+        with undone_on_failure(self.undo_point()):
+            self._write(masks)
 
     # ---- state ----
 
@@ -240,7 +253,8 @@ class RankSearch:
         """Everything a resumed run needs to allocate as the unbroken one.
 
         Returns:
-            Counters, generator, history, window and ranks: numbers, strings, lists and CPU tensors.
+            Counters, generator, history, window and ranks: numbers, strings, lists and CPU tensors. Of several processes the
+            first one's is to be saved, and loaded by all.
         """
         window = None if self._window is None else {"committed": self._window.committed.cpu().clone(),
                                                     "steps": self._window.steps}
@@ -250,7 +264,7 @@ class RankSearch:
             "average": copy.deepcopy(self._average), "reset": self._state.step_hooks.pending_resets(),
             "generator": self._generator.get_state(),
             "history": copy.deepcopy(self.history), "window": window, "warned": sorted(self._warned),
-            "masks": {name: list(path.active_rows()) for name, path in self._state.paths.items()},
+            "masks": {name: list(rows) for name, rows in self._rows().items()},
         }
 
     def load_state_dict(self, state: Mapping) -> None:
@@ -272,7 +286,11 @@ class RankSearch:
         if set(state["masks"]) != set(self.paths):
             odd = sorted(set(state["masks"]) ^ set(self.paths))
             raise ValueError(f"state belongs to a model with other paths: {odd[0]!r} and {len(odd) - 1} others differ")
-        self.apply({name: torch.tensor(mask, dtype=torch.bool) for name, mask in state["masks"].items()})
+        with undone_on_failure(self.undo_point()):
+            self._load(state)
+
+    def _load(self, state: Mapping) -> None:
+        self.apply({name: torch.tensor(mask, dtype=torch.bool, device="cpu") for name, mask in state["masks"].items()})
         self._started, self._steps, self._last = state["started"], state["steps"], state["last"]
         self._reallocations, self._times_on = state["reallocations"], copy.deepcopy(dict(state["times_on"]))
         self._average = copy.deepcopy(dict(state["average"]))
@@ -284,7 +302,8 @@ class RankSearch:
         self._close_window()
         self._update_window()
         if self._window is not None and state["window"] is not None:
-            self._window.committed.copy_(state["window"]["committed"])
+            if distributed.is_first():
+                self._window.committed.copy_(state["window"]["committed"])
             self._window.steps = state["window"]["steps"]
 
     # ---- called by the optimizer's hooks ----
@@ -316,18 +335,42 @@ class RankSearch:
             if isinstance(value, Integral) and not isinstance(value, bool):
                 if not 0 <= value <= path.r:
                     raise ValueError(f"ranks[{name!r}] must be in 0 ... {path.r}, got {value}")
-                masks[name] = torch.arange(path.r) < int(value)
+                masks[name] = torch.arange(path.r, device="cpu") < int(value)
             else:
-                mask = torch.as_tensor(value)
+                mask = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
                 if mask.dtype != torch.bool or tuple(mask.shape) != (path.r,):
                     raise ValueError(f"ranks[{name!r}] must be an int or a bool mask of shape [{path.r}], "
                                      f"got {mask.dtype} of shape {list(mask.shape)}")
                 masks[name] = mask
         return masks
 
+    def undo_point(self) -> Undo:
+        """Puts everything back that :meth:`apply`, :meth:`start` and :meth:`step` change to what it is now."""
+        self._check_patched()
+        state, hooks = self._state, self._state.step_hooks
+        kept, reported, driven, resets = dict(self.__dict__), len(self.history), hooks.driven, hooks.pending_resets()
+        rows, generator, ledger = self._rows(), self._generator.get_state(), state.switches.ledger.undo_point()
+
+        @torch.no_grad()
+        def undo() -> None:
+            ledger()
+            self._hold(kept["_window"])
+            self.__dict__.update({**kept, "_forget_window": self._forget_window})
+            del self.history[reported:]
+            self._generator.set_state(generator)
+            hooks.driven = driven
+            hooks.set_pending_resets(resets)
+            for name, before in rows.items():
+                if state.paths[name].active_rows() != before:
+                    state.paths[name].mask.copy_(torch.tensor(before, device="cpu"))
+            state.write_masks()
+        return undo
+
+    def _rows(self) -> dict[str, tuple[bool, ...]]:
+        return {name: path.active_rows() for name, path in self._state.paths.items()}
+
     @torch.no_grad()
     def _write(self, masks: Mapping[str, Tensor]) -> None:
-        self._check_patched()
         for name, mask in masks.items():
             path = self._state.paths[name]
             before = path.active_rows()
@@ -378,18 +421,30 @@ class RankSearch:
             length = min(self.config.num_batches or _WINDOW_STEPS, self._interval_steps())
             wanted = self._last + self._interval_steps() - self._steps <= length
         if wanted and self._window is None:
-            ledger = self._state.switches.ledger
-            self._window = ledger.open()
-            # A search that is dropped no longer reads.
-            self._forget_window = weakref.finalize(self, ledger.close, self._window)
-            self._forget_window.atexit = False
+            self._hold(self._state.switches.ledger.open())
         elif not wanted:
             self._close_window()
 
+    def _hand_over(self) -> None:
+        """Move the sums of all processes to the first one, whose state is the one that is saved."""
+        if distributed.world_size() > 1:
+            distributed.sum_(self._window.committed)
+            if not distributed.is_first():
+                self._window.committed.zero_()
+
+    def _hold(self, window: Collector | None) -> None:
+        """Read this window, or none. A search that is dropped no longer reads."""
+        if self._forget_window is not None:
+            self._forget_window.detach()
+        self._window, self._forget_window = window, None
+        if window is not None:
+            self._forget_window = weakref.finalize(self, self._state.switches.ledger.close, window)
+            self._forget_window.atexit = False
+
     def _close_window(self) -> None:
         if self._window is not None:
-            self._forget_window()
-            self._window = None
+            self._state.switches.ledger.close(self._window)
+            self._hold(None)
 
     def _score(self, proxy: Proxy, score: str, batches: Iterable | None, per_rank: bool,
                measures: Measures) -> tuple[dict, dict]:
@@ -404,7 +459,7 @@ class RankSearch:
         paths = self._state.paths
         made = {"score": score, "statistics": "exact"}
         if not proxy.needs_data:
-            rows = {name: torch.zeros(path.r, NUM_COLUMNS) for name, path in paths.items()}
+            rows = {name: torch.zeros(path.r, NUM_COLUMNS, device="cpu") for name, path in paths.items()}
             made = {"score": None, "statistics": None, "batches": 0}
         elif score == "in_step":
             if self._window_steps() == 0:
@@ -427,7 +482,7 @@ class RankSearch:
             scores = {name: scores_of(proxy, rows[name], per_rank) for name in paths}
         scores = normalized(scores, proxy, self.config.normalize, {
             name: PathSize(path.scaling, path.num_parameters, split_path(name)[2]) for name, path in paths.items()})
-        return {name: _plain(scores[name], per_rank) for name in paths}, made
+        return {name: scores[name].tolist() if per_rank else float(scores[name]) for name in paths}, made
 
     def _probe_loader(self) -> Iterable:
         if self._dataloader is None:
@@ -446,7 +501,7 @@ class RankSearch:
             scores, made = self._score(self._proxy, self._score_of(self._proxy), None, self._per_rank, self._measures)
             self._warn_about_ties(scores)
             scores = self._averaged(scores)
-        before = {name: path.active_rows() for name, path in self._state.paths.items()}
+        before = self._rows()
         self._write(self._agree(self._decision(scores if warming else self._steadied(scores))))
         self._count_coverage()
         self._reallocations += 1
@@ -473,18 +528,16 @@ class RankSearch:
         def lifted(score: float, on: bool) -> float:
             return score + self.config.hysteresis * abs(score) if on else score
 
-        rows = {name: path.active_rows() for name, path in self._state.paths.items()}
+        rows = self._rows()
         return {name: [lifted(*pair) for pair in zip(score, rows[name])] if self._per_rank else lifted(score, any(rows[name]))
                 for name, score in scores.items()}
 
     def _count_coverage(self) -> None:
         """Count what is on, and see whether the warm-up has covered everything."""
-        news = False
-        for name, counts in self._times_on.items():
-            rows = self._state.paths[name].active_rows()
-            for i, on in enumerate(rows if self._per_rank else (any(rows),)):
-                news = news or (on and counts[i] == 0)
-                counts[i] += on
+        rows = self._rows()
+        on = {name: rows[name] if self._per_rank else (any(rows[name]),) for name in self._times_on}
+        news = any(now and times == 0 for name, counts in self._times_on.items() for now, times in zip(on[name], counts))
+        self._times_on = {name: [times + now for now, times in zip(on[name], counts)] for name, counts in self._times_on.items()}
         # A pool whose budget rounds to nothing is never covered: a round that brings nothing new is the last one.
         self._covered = self._covered or not news or min(map(min, self._times_on.values())) > 0
 
@@ -506,7 +559,7 @@ class RankSearch:
 
     def _record(self, warming: bool, made: dict, scores: dict, before: dict[str, tuple[bool, ...]]) -> None:
         paths = self._state.paths
-        rows = {name: path.active_rows() for name, path in paths.items()}
+        rows = self._rows()
         # What is counted: paths, or rows where rows are ranked.
         units = {name: rows[name] if self._per_rank else (any(rows[name]),) for name in paths}
         was = {name: before[name] if self._per_rank else (any(before[name]),) for name in paths}
@@ -523,13 +576,15 @@ class RankSearch:
 
     def _warn(self, key: str, message: str) -> None:
         if key not in self._warned:
-            self._warned.add(key)
+            self._warned = self._warned | {key}
             warnings.warn(message, stacklevel=4)
 
     def _warn_about_zero_B(self, proxy: Proxy) -> None:
         if not proxy.zero_at_zero_B or f"zero_B:{proxy.name}" in self._warned:
             return
-        zero = [name for name, path in self._state.paths.items() if not bool(path.lora_B.any())]
+        lives = torch.stack([distributed.local_part(path.lora_B)[0].any().to(self._state.device, torch.int32)
+                             for path in self._state.paths.values()])
+        zero = [name for name, on in zip(self.paths, distributed.sum_(lives).tolist()) if not on]
         if zero:
             self._warn(f"zero_B:{proxy.name}",
                        f"proxy {proxy.name!r} is 0 for every path whose lora_B is 0, and {len(zero)} of {len(self.paths)} are: "
@@ -540,7 +595,3 @@ class RankSearch:
         if len(values) == 1 and self._proxy.needs_data and len(self._eligible()) > 1:
             self._warn("ties", f"all {len(self._eligible())} scores of proxy {self._proxy.name!r} are equal ({values.pop()}): "
                                "the ranks were drawn at random")
-
-
-def _plain(value: Tensor, per_rank: bool) -> float | list[float]:
-    return value.tolist() if per_rank else float(value)

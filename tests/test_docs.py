@@ -22,10 +22,12 @@ from helpers_search import (
     plain_llama,
     trainable,
 )
+from peft.tuners.lora import LoraLayer
 
 import heterolora_kernels as hlk
 from heterolora_kernels import allocation, backends, proxies
 from heterolora_kernels.ops.schema import Flags, Needs
+from heterolora_kernels.peft_layers import FusedLora
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -199,6 +201,27 @@ def test_every_page_with_python_has_a_test_that_runs_it():
     tests = "".join(test.read_text() for test in (ROOT / "tests").glob("test_*.py"))
     pages = {page.name for page in (ROOT / "docs").glob("*.md") if _blocks(f"docs/{page.name}")}
     assert pages >= {"backends.md", "guides.md"} and {name for name in pages if f'{name}"' not in tests} == set()
+
+
+def test_peft_page_example_runs_on_the_op():
+    namespace = {"model": plain_llama()}
+    exec(_blocks("docs/peft.md")[0], namespace)
+    layers = [m for m in namespace["model"].modules() if isinstance(m, LoraLayer)]
+    assert len(layers) == 14 and all(isinstance(layer, FusedLora) for layer in layers)
+    namespace["model"](**llama_batch(0)).loss.backward()
+    assert all(layer.lora_B["default"].weight.grad.any() for layer in layers)
+
+
+def test_quantised_page_example_adapts_a_model_of_four_bits(tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    monkeypatch.chdir(tmp_path)
+    plain_llama().save_pretrained("my-model")
+    namespace = {}
+    exec(_blocks("docs/peft.md")[1], namespace)
+    model = namespace["model"]
+    assert len(path_names(model)) == 21
+    model(**llama_batch(0)).loss.backward()
+    assert all(adapter(model, name).lora_B.grad.any() for name in path_names(model))
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))])

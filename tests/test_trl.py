@@ -149,9 +149,11 @@ def test_a_probe_of_dpo_names_in_step(base, tmp_path):
         trainer.train()
 
 
-def test_a_reference_that_follows_is_refused(base, tmp_path):
+def test_what_trl_would_do_wrong_is_refused(base, tmp_path):
     with pytest.raises(ValueError, match="sync_ref_model"):
         dpo(tmp_path, patched(base), HeteroLoraCallback(), sync_ref_model=True)
+    with pytest.raises(ValueError, match="target_modules.*lm_head"):
+        dpo(tmp_path, patched(base, target_modules=["q_proj", "lm_head"], shortcuts=()), HeteroLoraCallback())
 
 
 def test_the_reference_model_comes_before_the_trainer(base, tmp_path):
