@@ -189,7 +189,7 @@ def _lora_modules(model: nn.Module) -> tuple[list[tuple[str, nn.Module]], list[t
 
 
 def accelerate_peft(model: nn.Module) -> nn.Module:
-    """Let the LoRA linears of a PEFT model run on the fused op, in place; returns the model.
+    """Let the LoRA linears of a PEFT model run on the fused op, in place.
 
     For models of ``get_peft_model``, ``PeftModel.from_pretrained`` or ``model.add_adapter``. Parameters, their names, files
     and the configuration stay PEFT's, and so do its methods: adapters may be switched, combined, merged, added and deleted.
@@ -201,6 +201,9 @@ def accelerate_peft(model: nn.Module) -> nn.Module:
 
     Args:
         model: any module with LoRA layers of PEFT in it.
+
+    Returns:
+        The model.
 
     Raises:
         ValueError: the model has no LoRA layer of PEFT.
@@ -239,7 +242,14 @@ def accelerate_peft(model: nn.Module) -> nn.Module:
 
 
 def restore_peft(model: nn.Module) -> nn.Module:
-    """Give PEFT's layers their own forward back; returns the model. A model that was not accelerated stays as it is."""
+    """Give PEFT's layers their own forward back.
+
+    Args:
+        model: of :func:`accelerate_peft`; one that was not accelerated stays as it is.
+
+    Returns:
+        The model.
+    """
     for module in model.modules():
         if generated_from(module, FusedLora):
             module.__dict__.pop("_heterolora_fusion")

@@ -326,7 +326,11 @@ class RankSearch:
     # ---- inside ----
 
     def undo_point(self) -> Undo:
-        """Puts everything back that :meth:`apply`, :meth:`start` and :meth:`step` change to what it is now."""
+        """A way back to now.
+
+        Returns:
+            A function that undoes whatever :meth:`apply`, :meth:`start` and :meth:`step` have changed since.
+        """
         self._check_patched()
         state, hooks = self._state, self._state.step_hooks
         kept, reported, driven, resets = dict(self.__dict__), len(self.history), hooks.driven, hooks.pending_resets()
