@@ -169,7 +169,8 @@ def reduce_reports(reports: Iterable[Mapping]) -> dict:
             machine, tolerance = machine or extra["machine"], extra["tolerance"]
             case = {name: value for name, value in extra["case"].items() if name != "contenders"}
             results.append({**case, "isa": extra["machine"]["isa"], "torch_isa": extra["machine"]["torch_isa"],
-                            **{name: extra[name] for name in ("rounds", "calls", "others", "ms")}})
+                            **{name: extra[name] for name in ("rounds", "calls", "others", "ms")},
+                            **({"held": extra["held"]} if extra.get("held") else {})})
     return {"machine": machine, "tolerance": tolerance, "results": results}
 
 
@@ -225,7 +226,8 @@ _TITLES = {"shapes": "Shapes of models", "tokens": "Number of tokens", "ranks": 
            "isas": "Other instruction sets, PyTorch held to the same", "steps": "Training steps"}
 
 _READING = ("Ratios of medians. infer (no grad), forward, backward and fwd+bwd: the op's time by the frozen linear's (in the "
-            "table of overheads by that of F.linear plus two matmuls); below 1 is faster. X/op: X's time by the op's.")
+            "table of overheads by that of F.linear plus two matmuls); below 1 is faster. X/op: X's time by the op's; "
+            "memory: what X keeps for the backward, x included, by what the op keeps.")
 
 #: Per block: heading and ratio (numerator, denominator, phase). "op" is the subject.
 _COLUMNS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
@@ -235,13 +237,13 @@ _COLUMNS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
     "tokens": (("infer", "op", "frozen", "infer"), ("fwd+bwd", "op", "frozen", "both"), ("PEFT/op infer", "peft", "op", "infer"),
                ("PEFT/op", "peft", "op", "both")),
     "ranks": (("fwd+bwd", "op", "frozen", "both"), ("PEFT/op", "peft", "op", "both"), ("op/no path", "op", "no_path", "both")),
-    "options": (("fwd+bwd", "op", "frozen", "both"), ("PEFT/op", "peft", "op", "both")),
+    "options": (("fwd+bwd", "op", "frozen", "both"), ("PEFT/op", "peft", "op", "both"), ("PEFT/op memory", "peft", "op", "held")),
     "groups": (("infer", "op", "frozen", "infer"), ("fwd+bwd", "op", "frozen", "both"),
                ("separate/op infer", "separate", "op", "infer"), ("separate/op", "separate", "op", "both"),
-               ("PEFT/op", "peft", "op", "both")),
+               ("PEFT/op", "peft", "op", "both"), ("PEFT/op memory", "peft", "op", "held")),
     "layers": (("infer", "layer", "frozen", "infer"), ("fwd+bwd", "layer", "frozen", "both"),
                ("layer/op", "layer", "op", "both"), ("PEFT/layer infer", "peft", "layer", "infer"),
-               ("PEFT/layer", "peft", "layer", "both")),
+               ("PEFT/layer", "peft", "layer", "both"), ("PEFT/layer memory", "peft", "layer", "held")),
     "overhead": (("infer", "op", "two_matmuls", "infer"), ("forward", "op", "two_matmuls", "forward"),
                  ("fwd+bwd", "op", "two_matmuls", "both"), ("layer infer", "layer", "two_matmuls", "infer"),
                  ("layer fwd+bwd", "layer", "two_matmuls", "both"), ("PEFT infer", "peft", "two_matmuls", "infer"),
@@ -330,12 +332,16 @@ def rows_of(found: Mapping) -> list[dict]:
     for result in found["results"]:
         row = rows.setdefault(_key({**result, "mode": ""}), {**result, "ms": {}})
         row["ms"].update(result["ms"])
+        row.setdefault("held", {}).update(result.get("held", {}))
         row["others"] = max(row.get("others") or 0.0, result.get("others") or 0.0)
     return list(rows.values())
 
 
 def ratio_of(row: Mapping, over: str, under: str, phase: str) -> float | None:
-    """Ratio of two medians, None where one was not measured."""
+    """Ratio of two medians, or of bytes in the phase ``held``; None where one was not measured."""
+    if phase == "held":
+        held = row.get("held", {})
+        return held[over] / held[under] if over in held and under in held else None
     times = row["ms"].get(phase, {})
     return times[over][1] / times[under][1] if over in times and under in times else None
 
