@@ -10,6 +10,7 @@ import torch
 from bench.cases import SECONDS, TARGET
 from bench.checks import WrongResult, check
 from bench.contenders import OURS, is_checked, make_contender
+from bench.memory import held_bytes
 from bench.problem import Problem, Results, make_problem, run_reference
 from bench.timing import interleave
 
@@ -63,7 +64,9 @@ def test_linear(benchmark, case, about, options):
         # Shapes on which no mean is taken, and forwards alone, get less.
         seconds = SECONDS[case.block] / (3 if options.quick or case.mode == "infer" or case.name not in TARGET else 1)
         measured = interleave(benchmark, contenders, case.mode, seconds)
+        held = {each.name: held_bytes(each.forward, each.own()) for each in contenders
+                if case.mode == "train" and each.name in ("op", "layer", "peft")}
     finally:
         for contender in contenders:
             contender.close()
-    benchmark.extra_info.update(about(case), **measured)
+    benchmark.extra_info.update(about(case), **measured, held=held)

@@ -43,6 +43,10 @@ class Contender:
     def forward(self) -> list[Tensor]:
         raise NotImplementedError
 
+    def own(self) -> list[Tensor]:
+        """Tensors that are there whether or not a step runs: weights, packed ones too, and adapters."""
+        return [*self.problem.weights, *self.lora_A, *self.lora_B]
+
     def clear(self) -> None:
         for leaf in self.leaves():
             leaf.grad = None
@@ -86,6 +90,9 @@ class Op(Contender):
         return call_lora_linear(
             self.backend, self.x, problem.weights, self.packs, self.biases, [], self.lora_A, self.lora_B, *self.vectors,
             problem.rng, self.path_output, self.path_source, problem.case.dropout_p, self.probe)
+
+    def own(self) -> list[Tensor]:
+        return [*super().own(), *self.packs]
 
     def statistics(self) -> Tensor | None:
         return None if self.probe is None else self.probe.grad
@@ -144,6 +151,9 @@ class Layer(Contender):
 
     def forward(self) -> list[Tensor]:
         return [self.linear(self.x)]
+
+    def own(self) -> list[Tensor]:
+        return [*super().own(), *self.linear._heterolora.packs.tensors]
 
     def results(self, mode: str) -> Results:
         if self.ledger is not None:

@@ -41,7 +41,7 @@ _ALONE = 0.15
 _NOTHING = 5
 
 #: What a measurement adds to its case; ``ms`` and ``mib`` hold medians by contender.
-_MEASURED = ("rounds", "calls", "others", "ms", "mib")
+_MEASURED = ("rounds", "calls", "others", "ms", "mib", "held")
 
 #: Shapes on which means are taken: M 768 to 1536, K and N 576 to 2048.
 TARGET = ("SmolLM-135M_gate_up", "SmolLM-135M_down", "BERT-base_attention", "OPT-350m_attention", "TinyLlama-1.1B_attention")
@@ -228,8 +228,9 @@ _TITLES = {"shapes": "Shapes of models", "tokens": "Number of tokens", "ranks": 
            "search": "Training steps with a search"}
 
 _READING = ("Ratios of medians. infer (no grad), forward, backward and fwd+bwd: the op's time by the frozen linear's (in the "
-            "table of overheads by that of F.linear plus two matmuls); below 1 is faster. X/op: X's time by the op's. Steps with "
-            "a search: time and peak memory by those of search='off' with the same active set; reallocations in steps of it.")
+            "table of overheads by that of F.linear plus two matmuls); below 1 is faster. X/op: X's time by the op's; memory: "
+            "what X keeps for the backward, x included, by what the op keeps. Steps with a search: time and peak memory by those "
+            "of search='off' with the same active set; reallocations in steps of it.")
 
 #: Per block: heading and ratio (numerator, denominator, phase). "op" is the subject.
 _COLUMNS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
@@ -239,13 +240,13 @@ _COLUMNS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
     "tokens": (("infer", "op", "frozen", "infer"), ("fwd+bwd", "op", "frozen", "both"), ("PEFT/op infer", "peft", "op", "infer"),
                ("PEFT/op", "peft", "op", "both")),
     "ranks": (("fwd+bwd", "op", "frozen", "both"), ("PEFT/op", "peft", "op", "both"), ("op/no path", "op", "no_path", "both")),
-    "options": (("fwd+bwd", "op", "frozen", "both"), ("PEFT/op", "peft", "op", "both")),
+    "options": (("fwd+bwd", "op", "frozen", "both"), ("PEFT/op", "peft", "op", "both"), ("PEFT/op memory", "peft", "op", "held")),
     "groups": (("infer", "op", "frozen", "infer"), ("fwd+bwd", "op", "frozen", "both"),
                ("separate/op infer", "separate", "op", "infer"), ("separate/op", "separate", "op", "both"),
-               ("PEFT/op", "peft", "op", "both")),
+               ("PEFT/op", "peft", "op", "both"), ("PEFT/op memory", "peft", "op", "held")),
     "layers": (("infer", "layer", "frozen", "infer"), ("fwd+bwd", "layer", "frozen", "both"),
                ("layer/op", "layer", "op", "both"), ("PEFT/layer infer", "peft", "layer", "infer"),
-               ("PEFT/layer", "peft", "layer", "both")),
+               ("PEFT/layer", "peft", "layer", "both"), ("PEFT/layer memory", "peft", "layer", "held")),
     "overhead": (("infer", "op", "two_matmuls", "infer"), ("forward", "op", "two_matmuls", "forward"),
                  ("fwd+bwd", "op", "two_matmuls", "both"), ("layer infer", "layer", "two_matmuls", "infer"),
                  ("layer fwd+bwd", "layer", "two_matmuls", "both"), ("PEFT infer", "peft", "two_matmuls", "infer"),
@@ -342,12 +343,16 @@ def rows_of(found: Mapping) -> list[dict]:
         row["ms"].update(result["ms"])
         # One number each, where a time has its quartiles.
         row["ms"].update({"mib": {name: [mib] * 3 for name, mib in result["mib"].items()}} if "mib" in result else {})
+        row.setdefault("held", {}).update(result.get("held", {}))
         row["others"] = max(row.get("others") or 0.0, result.get("others") or 0.0)
     return list(rows.values())
 
 
 def ratio_of(row: Mapping, over: str, under: str, phase: str) -> float | None:
-    """Ratio of two medians, None where one was not measured."""
+    """Ratio of two medians, or of bytes in the phase ``held``; None where one was not measured."""
+    if phase == "held":
+        held = row.get("held", {})
+        return held[over] / held[under] if over in held and under in held else None
     times = row["ms"].get(phase, {})
     return times[over][1] / times[under][1] if over in times and under in times else None
 
