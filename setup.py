@@ -51,7 +51,7 @@ def extension() -> dict:
     if os.environ.get("HETEROLORA_SANITIZE") == "1":
         sanitizers = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g"]
         flags, link = ["-O1", *flags[1:], *sanitizers, "-fno-sanitize-recover=undefined"], [*link, *sanitizers]
-    sources = sorted(str(path) for path in [Path("csrc/binding.cpp"), *Path("csrc/cpu").glob("*.cpp")])
+    sources = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
     depends = sorted(str(path) for path in Path("csrc").rglob("*.h"))
     kernels = CppExtension("heterolora_kernels._C", sources, depends=depends, include_dirs=[str(Path("csrc").absolute())],
                            extra_compile_args=flags, extra_link_args=link)

@@ -10,6 +10,7 @@ import torch
 
 from bench.cases import isa_cases, linear_cases
 from bench.machine import describe
+from bench.search_cost import search_cases
 from bench.training import step_cases
 from heterolora_kernels.backends import available_backends, resolve
 
@@ -48,9 +49,10 @@ def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
         cases = list(isa_cases(backend, quick, held) if held else linear_cases(backend, others, quick))
         metafunc.parametrize("case", cases, ids=[case.id for case in cases])
-    if "step_case" in metafunc.fixturenames:
-        cases = [] if held else list(step_cases(backend, quick))
-        metafunc.parametrize("step_case", cases, ids=[case.id for case in cases])
+    for fixture, make in (("step_case", step_cases), ("search_case", search_cases)):
+        if fixture in metafunc.fixturenames:
+            cases = [] if held else list(make(backend, quick))
+            metafunc.parametrize(fixture, cases, ids=[case.id for case in cases])
 
 
 def pytest_collection_modifyitems(config, items):

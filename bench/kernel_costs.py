@@ -17,8 +17,10 @@ from heterolora_kernels.backends.triton.builds import Launch, Scenario
 from heterolora_kernels.backends.triton.plan import (
     CHUNK_FIELDS,
     COLUMN_FIELDS,
+    HIDDEN_FIELDS,
     OUTPUT_FIELDS,
     PATH_FIELDS,
+    RANGE_FIELDS,
     TARGET_FIELDS,
     WORK_FIELDS,
     Plan,
@@ -136,6 +138,12 @@ class _Call:
         return [_Chunk(owner, end - first, sum(row < rank for _, _, row, rank, *_ in columns[first:end]), bool(is_first))
                 for owner, first, end, _, is_first, *_ in _records(table, CHUNK_FIELDS)[:count]]
 
+    def ranges(self, width: int) -> list[_Range]:
+        table, count = self.plan.ranges(self.BLOCK_R, width)
+        columns = _records(self.plan.output_columns, COLUMN_FIELDS)
+        return [_Range(owner, end - start, sum(row < rank for _, _, row, rank, *_ in columns[start:end]), first)
+                for owner, start, end, first, *_ in _records(table, RANGE_FIELDS)[:count]]
+
     def paths(self, by: str) -> list[list[int]]:
         """Ranks of the paths of every output or source, in the tables' order."""
         table, fields = ((self.plan.outputs, OUTPUT_FIELDS) if by == "output" else (self.plan.targets, TARGET_FIELDS))
@@ -151,6 +159,16 @@ class _Chunk:
     inside: int
     computed: int
     is_first: bool
+
+
+@dataclass(frozen=True)
+class _Range:
+    """A chunk of an output's packed columns and its columns from ``first`` on."""
+
+    owner: int
+    inside: int
+    computed: int
+    first: int
 
 
 def _records(table: Tensor, fields: int) -> list[list[int]]:
@@ -245,24 +263,53 @@ def _forward(call: _Call, cost: Cost) -> None:
 
 
 def _q_grad_B(call: _Call, cost: Cost) -> None:
-    blocks, splits, rows, seen = call.grid[0], call.NUM_SPLITS, call.M, set()
-    for chunk in call.chunks("output"):
-        N, programs = call.out_features[chunk.owner], blocks * splits
-        _column_records(call, cost, programs, chunk.inside, call.CONTIGUOUS)
-        _tables(cost, programs * (1 + chunk.inside))
+    own, step, rows, seen = call.BLOCK_OWN, call.BLOCK_STEP, call.M, set()
+    size = call.size("grad_outs")
+    splits = (call.grid[0] - call.q_programs) // call.num_slabs
+    for slab in call.ranges(own) if splits > 0 else ():
+        columns = min(own, call.out_features[slab.owner] - slab.first)
+        _column_records(call, cost, splits, slab.inside, call.CONTIGUOUS)
+        _tables(cost, splits * (2 + call.ONE_READ + call.NEEDS_GRAD_B * slab.inside))
+        if slab.computed == 0:
+            continue
+        key = (slab.owner, slab.first)
+        cost.load("grad_outs", rows * columns, 0 if key in seen else rows * columns, size)
+        cost.again += rows * columns * size if key in seen else 0
+        seen.add(key)
+        cost.dot((call.ONE_READ + call.NEEDS_GRAD_B) * _cdiv(rows, step), own, step, call.BLOCK_R)
         if call.NEEDS_GRAD_B:
-            cost.load("hidden", rows * chunk.computed * splits, rows * chunk.computed, call.size("hidden_ptr"))
-            cost.store("grad_B_parts", blocks * N * chunk.computed, blocks * N * chunk.computed, 4)
-        if chunk.computed > 0:
-            _load_source(call, cost, "grad_outs", chunk, rows * N, seen)
-            cost.dot((1 + call.NEEDS_GRAD_B) * blocks * _cdiv(N, call.BLOCK_N), call.BLOCK_M, call.BLOCK_N, call.BLOCK_R)
-        cost.load("lora_B", blocks * N * chunk.computed, N * chunk.computed, call.size("lora_B"))
-        cost.store("q_parts", splits * rows * chunk.inside, splits * rows * chunk.inside, 4)
+            cost.load("hidden", rows * slab.computed, rows * slab.computed if slab.first == 0 else 0, call.size("hidden_ptr"))
+            cost.store("grad_B_parts", splits * columns * slab.computed, splits * columns * slab.computed, 4)
+        if call.ONE_READ:
+            cost.load("lora_B", splits * columns * slab.computed, columns * slab.computed, call.size("lora_B"))
+            cost.store("q_parts", rows * slab.computed, rows * slab.computed, 4)
+    if call.q_programs > 0:
+        _rows_of_q(call, cost, {owner for owner, _ in seen})
+
+
+def _rows_of_q(call: _Call, cost: Cost, seen: set[int]) -> None:
+    """The programs that own rows of q; where others own columns of grad_B, they read grad_out once more."""
+    rows, size = call.M, call.size("grad_outs")
+    blocks = call.q_programs // call.num_ranges
+    for part in call.ranges(call.split_columns):
+        columns = min(call.split_columns, call.out_features[part.owner] - part.first)
+        _column_records(call, cost, blocks, part.inside, call.CONTIGUOUS)
+        _tables(cost, 3 * blocks)
+        if part.computed == 0:
+            continue
+        is_again = part.owner in seen
+        cost.load("grad_outs", rows * columns, 0 if is_again else rows * columns, size)
+        cost.again += rows * columns * size if is_again else 0
+        cost.dot(blocks * _cdiv(columns, call.BLOCK_STEP), call.BLOCK_OWN, call.BLOCK_R, call.BLOCK_STEP)
+        cost.load("lora_B", blocks * columns * part.computed, columns * part.computed, call.size("lora_B"))
+        cost.store("q_parts", rows * part.computed, rows * part.computed, 4)
 
 
 def _q_sum(call: _Call, cost: Cost) -> None:
     elements = call.M * call.H
-    cost.load("q_parts", call.NUM_SPLITS * elements, call.NUM_SPLITS * elements, 4)
+    parts = [_cdiv(N, call.split_columns) for N, _, row, rank in _records(call.plan.hidden, HIDDEN_FIELDS) if row < rank]
+    _tables(cost, call.grid[0] * call.H * (3 if call.EVERY_ROW else 5))
+    cost.load("q_parts", call.M * sum(parts), call.M * sum(parts), 4)
     cost.store("q", elements, elements, call.size("q_ptr"))
     if call.NEEDS_STATISTICS:
         cost.load("hidden", elements, elements, call.size("hidden_ptr"))

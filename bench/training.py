@@ -2,7 +2,7 @@
 
 - ``encoder``: the shape of MiniLM-L6, the demo's model, on 16 sequences of 64 tokens, which is the demo's longest batch.
 - ``decoder``: the shape of SmolLM-135M, on 3 sequences of 256 tokens. The vocabulary is cut from 49152 to 4096, so that the head,
-  which LoRA leaves alone, does not hide the layers.
+  which LoRA leaves alone, does not hide the layers. ``short_decoder`` has ten of its thirty.
 - ``demo``: the encoder as the demo trains it: float32, shortcuts, dynamic search. The median step is one between reallocations,
   in which no statistics are collected.
 """
@@ -20,13 +20,13 @@ from torch import Tensor, nn
 import heterolora_kernels as hlk
 from bench.checks import WrongResult
 from heterolora_kernels.backends import use_backend
-from heterolora_kernels.patching import state_of
+from heterolora_kernels.state import state_of
 
 RANK, ALPHA = 8, 16
-_TARGETS = {"encoder": ["query", "key", "value", "dense"],
-            "decoder": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
+_LLAMA_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+_TARGETS = {"encoder": ["query", "key", "value", "dense"], "decoder": _LLAMA_LINEARS, "short_decoder": _LLAMA_LINEARS}
 #: Sequences and tokens of a batch.
-BATCHES = {"encoder": (16, 64), "decoder": (3, 256)}
+BATCHES = {"encoder": (16, 64), "decoder": (3, 256), "short_decoder": (3, 256)}
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,9 @@ def build_model(kind: str, dtype: torch.dtype) -> nn.Module:
             hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
     else:
         model = LlamaForCausalLM(LlamaConfig(
-            vocab_size=4096, hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-            intermediate_size=1536, max_position_embeddings=2048, tie_word_embeddings=True, use_cache=False))
+            vocab_size=4096, hidden_size=576, num_hidden_layers=30 if kind == "decoder" else 10, num_attention_heads=9,
+            num_key_value_heads=3, intermediate_size=1536, max_position_embeddings=2048, tie_word_embeddings=True,
+            use_cache=False))
     return model.to(dtype).requires_grad_(False)
 
 
@@ -102,11 +103,18 @@ class StepContender:
         elif name == "peft":
             self.model, self.adapters = _with_peft(model, case)
         else:
-            self.backend = case.backend if name == "op" else name
-            self.model = _patch(model, case)
+            self.backend = name if name == "reference" else case.backend
+            self.model = hlk.apply_heterolora(model, self.config())
             self.adapters = _heterolora_adapters(self.model)
         _fill(self.adapters)
         self.model.train()
+
+    def config(self) -> hlk.HeteroLoraConfig:
+        """Of a patched model."""
+        shared = dict(r=RANK, lora_alpha=ALPHA, adapter_dtype=self.case.dtype, modules_to_save=())
+        if self.case.name == "demo":
+            return hlk.HeteroLoraConfig(**shared, shortcuts="all", mode="separated", budget=0.25, interval=40)
+        return hlk.HeteroLoraConfig(**shared, target_modules=_TARGETS[self.case.model], search="off")
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Of one batch; a patched model's forward picks the backend that its backward will use."""
@@ -150,17 +158,6 @@ class StepContender:
         flat = torch.cat([self.adapters[name].grad.double().flatten() for name in sorted(self.adapters)])
         self.model.zero_grad()
         return loss.item(), flat
-
-
-def _config(case: StepCase, adapter_dtype: str) -> hlk.HeteroLoraConfig:
-    shared = dict(r=RANK, lora_alpha=ALPHA, adapter_dtype=adapter_dtype, modules_to_save=())
-    if case.name == "demo":
-        return hlk.HeteroLoraConfig(**shared, shortcuts="all", mode="separated", budget=0.25, interval=40)
-    return hlk.HeteroLoraConfig(**shared, target_modules=_TARGETS[case.model], search="off")
-
-
-def _patch(model: nn.Module, case: StepCase, dtype: str | None = None) -> nn.Module:
-    return hlk.apply_heterolora(model, _config(case, dtype or case.dtype))
 
 
 def _heterolora_adapters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -41,7 +41,8 @@ CANDIDATES: dict[str, dict[str, tuple]] = {
     "grad_x": {"BLOCK_K": (64, 32), "BLOCK_M": (128, 64), "BLOCK_N": (256, 128), "num_warps": (8, 4), "num_stages": (3, 4),
                "variant": ("cublas", "two_pass")},
     "hidden": {"BLOCK_M": (16, 32, 64, 128), "BLOCK_K": (64, 128, 256), "num_warps": (4, 8), "num_stages": (2, 3, 4)},
-    "q_grad_B": {"BLOCK_M": (64, 128, 256), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3)},
+    "q_grad_B": {"one_read": (True, False), "BLOCK_OWN": (128, 256, 512), "BLOCK_STEP": (32, 64, 128), "num_warps": (4, 8),
+                 "num_stages": (2, 3), "PROGRAMS": (132, 264)},
     "grad_A": {"BLOCK_M": (32, 64, 128), "BLOCK_K": (64, 128, 256), "num_warps": (4, 8), "num_stages": (3, 4)},
 }
 #: Roles whose time is that of a forward; those of the others is the backward's.

@@ -1,8 +1,6 @@
 // The one place that knows torch: checks what memory safety hangs on, allocates, and hands pointers to the kernels.
 //
 // The ops' schemas and fakes are defined in Python (heterolora_kernels/ops/schema.py); here are their implementations.
-#include <Python.h>
-
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -11,23 +9,17 @@
 
 #include <atomic>
 #include <cmath>
-#include <cstring>
-#include <exception>
 #include <tuple>
 
-#include "cpu/lora_linear.h"
+#include "binding.h"
 #include "cpu/row_statistics.h"
 
+namespace hlk_torch {
 namespace {
 
-using at::Tensor;
-using at::TensorList;
-
-// ops/schema.py: Flags and Needs.
-constexpr int64_t flag_statistics = 1, flag_save = 2;
-constexpr int64_t need_x = 1, need_sources = 2, need_lora_A = 4, need_lora_B = 8, need_statistics = 16;
-
 std::atomic<int> chosen_isa{-1};
+
+}  // namespace
 
 hlk::Isa isa() {
     int isa = chosen_isa.load();
@@ -37,6 +29,8 @@ hlk::Isa isa() {
     }
     return static_cast<hlk::Isa>(isa);
 }
+
+namespace {
 
 std::vector<std::string> cpu_isas() {
     std::vector<std::string> names;
@@ -69,6 +63,8 @@ std::vector<std::string> cpu_stats_columns() {
     return {hlk::stats_columns, hlk::stats_columns + hlk::num_stats_columns};
 }
 
+}  // namespace
+
 hlk::Parallel torch_threads() {
     const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
     return {threads, [threads](int64_t count, const std::function<void(int64_t)>& task) {
@@ -85,7 +81,6 @@ hlk::Parallel torch_threads() {
             }};
 }
 
-// As Python writes it, so that messages are the same on every backend.
 std::string dtype_name(at::ScalarType dtype) {
     switch (dtype) {
         case at::kFloat: return "torch.float32";
@@ -110,28 +105,27 @@ hlk::DType dtype_of(const char* name, const Tensor& tensor) {
     }
 }
 
-Tensor dense_rows(const Tensor& tensor) {
-    return tensor.size(1) <= 1 || tensor.stride(1) == 1 ? tensor : tensor.contiguous();
-}
-
 hlk::Matrix matrix(const char* name, const Tensor& tensor) {
     return {tensor.const_data_ptr(), dtype_of(name, tensor), tensor.dim() == 2 ? tensor.stride(0) : tensor.numel()};
 }
 
-// Tensors that were made for a call live here until it ends.
-struct Call {
-    hlk::Group group;
-    std::vector<Tensor> held;
+hlk::Matrix Call::rows_of(const char* name, const Tensor& tensor) {
+    held.push_back(tensor.size(1) <= 1 || tensor.stride(1) == 1 ? tensor : tensor.contiguous());
+    return matrix(name, held.back());
+}
 
-    hlk::Matrix rows_of(const char* name, const Tensor& tensor) {
-        held.push_back(dense_rows(tensor));
-        return matrix(name, held.back());
+hlk::Weight weight_of(Call& call, const Tensor& weight) {
+    hlk::Weight result;
+    if (weight.stride(1) != 1 && weight.stride(0) == 1) {
+        result.transposed = true;
+        result.values = call.rows_of("weights", weight.t());
+    } else {
+        result.values = call.rows_of("weights", weight);
     }
-    template <class T> T* vector_of(const Tensor& tensor) {
-        held.push_back(tensor.contiguous());
-        return held.back().mutable_data_ptr<T>();
-    }
-};
+    return result;
+}
+
+namespace {
 
 struct Shared {
     TensorList sources, lora_A, lora_B;
@@ -271,109 +265,6 @@ void place_mask(hlk::Group& g, uint8_t* data, bool written) {
     }
 }
 
-// ---- packed weights ----
-
-// What stands before the units of a pack: for what it was made. Not everything that changes a weight raises its version (writes
-// through .data, and all under inference_mode), and an address is used again: hence the sample of the bits.
-struct PackHeader {
-    uint64_t fingerprint;
-    const void* address;
-    int64_t version, out_features, in_features;
-    int32_t unit, lanes, unit_step, for_forward, magic;
-    uint8_t padding[4];
-};
-static_assert(sizeof(PackHeader) == 64, "the units behind it stay aligned");
-constexpr int32_t pack_magic = 0x484C4B32;
-
-// A sample of the weight's bits, so that a write that no version counter saw does not go unnoticed.
-uint64_t fingerprint(const hlk::Weight& weight, int64_t rows, int64_t columns) {
-    constexpr int64_t samples = 32;
-    uint64_t hash = 1469598103934665603ull;
-    const int64_t size = hlk::size_of(weight.values.dtype), count = rows * columns;
-    for (int64_t i = 0; i < samples && count > 0; ++i) {
-        // Spread over the whole and over the columns: a stride that divides them would sample few of them.
-        const int64_t at = (count - 1) * i / (samples - 1);
-        uint32_t bits = 0;
-        std::memcpy(&bits, weight.values.at(at / columns, at % columns).data, size);
-        hash = (hash ^ bits) * 1099511628211ull;
-    }
-    return hash;
-}
-
-int64_t version_of(const Tensor& tensor) { return tensor.is_inference() ? 0 : tensor._version(); }
-
-hlk::Weight weight_of(Call& call, const Tensor& weight) {
-    hlk::Weight result;
-    if (weight.stride(1) != 1 && weight.stride(0) == 1) {
-        result.transposed = true;
-        result.values = call.rows_of("weights", weight.t());
-    } else {
-        result.values = call.rows_of("weights", weight);
-    }
-    return result;
-}
-
-PackHeader header_of(const hlk::Engine& engine, const Tensor& weight, const hlk::Weight& values) {
-    const int64_t out = weight.size(0), in = weight.size(1);
-    const uint64_t print = values.transposed ? fingerprint(values, in, out) : fingerprint(values, out, in);
-    return {print, weight.const_data_ptr(), version_of(weight), out, in, engine.unit, engine.lanes, engine.unit_step, 0,
-            pack_magic, {}};
-}
-
-int64_t pack_bytes(const hlk::Engine& engine, const Tensor& weight, bool for_forward) {
-    const int64_t columns = weight.size(for_forward ? 0 : 1), depth = weight.size(for_forward ? 1 : 0);
-    return sizeof(PackHeader) + 4 * hlk::packed_units(engine, columns, depth);
-}
-
-// The units of a pack, or nullptr where it was not made for this weight as it is now and this engine.
-const uint32_t* usable_pack(const Tensor& pack, const hlk::Engine& engine, const Tensor& weight, PackHeader wanted, bool for_forward) {
-    if (pack.scalar_type() != at::kByte || !pack.is_contiguous() || !pack.device().is_cpu()) return nullptr;
-    if (pack.numel() != pack_bytes(engine, weight, for_forward)) return nullptr;
-    wanted.for_forward = for_forward;
-    const void* header = pack.const_data_ptr();
-    if (std::memcmp(header, &wanted, sizeof(PackHeader)) != 0) return nullptr;
-    return reinterpret_cast<const uint32_t*>(static_cast<const PackHeader*>(header) + 1);
-}
-
-Tensor make_pack(const hlk::Engine& engine, const Tensor& weight, const hlk::Weight& values, bool for_forward) {
-    Tensor pack = at::empty({pack_bytes(engine, weight, for_forward)}, at::TensorOptions().dtype(at::kByte));
-    auto* header = static_cast<PackHeader*>(pack.mutable_data_ptr());
-    *header = header_of(engine, weight, values);
-    header->for_forward = for_forward;
-    hlk::pack_weight(engine, values, weight.size(0), weight.size(1), for_forward, reinterpret_cast<uint32_t*>(header + 1),
-                     torch_threads());
-    return pack;
-}
-
-// Packs are for calls of more than few rows: the others read the weight where it lies.
-const hlk::Engine& packing_engine(const Tensor& weight) {
-    return hlk::engine_for(isa(), dtype_of("weight", weight), hlk::few_rows + 1);
-}
-
-void check_packable(const Tensor& weight) {
-    TORCH_CHECK_VALUE(weight.dim() == 2 && weight.device().is_cpu(), "weight must be [N, K] on the cpu, got ", weight.sizes(), " on ",
-                      weight.device());
-}
-
-// Bytes of cpu_pack_weight's tensors; 0 where a dtype's units are wider than its elements: the pack would be larger than the weight.
-int64_t cpu_packed_bytes(const Tensor& weight, bool needs_grad) {
-    check_packable(weight);
-    const auto dtype = weight.scalar_type();
-    if (dtype != at::kFloat && dtype != at::kBFloat16) return 0;
-    const hlk::Engine& engine = packing_engine(weight);
-    if (engine.unit * hlk::size_of(dtype_of("weight", weight)) != 4) return 0;
-    return pack_bytes(engine, weight, true) + (needs_grad ? pack_bytes(engine, weight, false) : 0);
-}
-
-std::vector<Tensor> cpu_pack_weight(const Tensor& weight, bool needs_grad) {
-    check_packable(weight);
-    Call call;
-    const hlk::Engine& engine = packing_engine(weight);
-    const hlk::Weight values = weight_of(call, weight);
-    return {make_pack(engine, weight, values, true),
-            needs_grad ? make_pack(engine, weight, values, false) : at::empty({0}, at::TensorOptions().dtype(at::kByte))};
-}
-
 void describe_linears(Call& call, const Tensor& x, TensorList weights, TensorList packs, TensorList biases) {
     TORCH_CHECK_VALUE(x.dim() == 2, "x must be [M, K], got shape ", x.sizes());
     TORCH_CHECK_VALUE(!weights.empty(), "weights must hold at least one weight, got none");
@@ -393,9 +284,7 @@ void describe_linears(Call& call, const Tensor& x, TensorList weights, TensorLis
         output.has_weight = true;
         output.weight = weight_of(call, weight);
         if (!packs.empty() && x.size(0) > hlk::few_rows) {
-            const PackHeader wanted = header_of(engine, weight, output.weight);
-            output.weight.forward_pack = usable_pack(packs[2 * i], engine, weight, wanted, true);
-            output.weight.backward_pack = usable_pack(packs[2 * i + 1], engine, weight, wanted, false);
+            use_packs(engine, weight, packs[2 * i], packs[2 * i + 1], output.weight);
         }
         if (bias.numel() == 0 && output.columns != 0) continue;
         TORCH_CHECK_VALUE(bias.dim() == 1 && bias.size(0) == output.columns, "biases[", i, "] must be [", output.columns,
@@ -420,9 +309,6 @@ void describe_bases(Call& call, const Tensor& x, TensorList base_outs) {
 }
 
 // ---- the ops ----
-
-using Forward = std::tuple<std::vector<Tensor>, Tensor, Tensor>;
-using Backward = std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, Tensor>;
 
 Forward run_forward(Call& call, const Tensor& x, int64_t flags) {
     hlk::Group& g = call.group;
@@ -449,6 +335,8 @@ Backward run_backward(Call& call, TensorList grad_outs, const Tensor& x, const S
                       grad_outs.size());
     for (size_t i = 0; i < grad_outs.size(); ++i) {
         const Tensor& grad = grad_outs[i];
+        // An output that nobody uses: nothing of it is computed, nor of its paths.
+        if (grad.dim() == 1 && grad.size(0) == 0) continue;
         TORCH_CHECK_VALUE(grad.dim() == 2 && grad.size(0) == g.rows && grad.size(1) == g.outputs[i].columns, "grad_outs[", i,
                           "] must be [", g.rows, ", ", g.outputs[i].columns, "], got shape ", grad.sizes());
         check_like("grad_outs", i, grad, x);
@@ -487,6 +375,7 @@ Backward run_backward(Call& call, TensorList grad_outs, const Tensor& x, const S
     float* stats_row = needs & need_statistics ? stats.mutable_data_ptr<float>() : nullptr;
     for (size_t p = 0; p < g.paths.size(); ++p) {
         hlk::Path& path = g.paths[p];
+        if (g.outputs[path.output].grad_out.data == nullptr) path.rows = 0;
         // Rows that are not computed stay 0.
         const auto gradient = [&](const Tensor& like, bool wanted) {
             if (!wanted) return nothing(like);
@@ -583,27 +472,22 @@ Tensor cpu_row_statistics(TensorList lora_A, TensorList lora_B, TensorList grad_
 }
 
 }  // namespace
+}  // namespace hlk_torch
 
 TORCH_LIBRARY_FRAGMENT(heterolora_kernels, m) {
+    using namespace hlk_torch;
     m.def("cpu_isas() -> str[]", &cpu_isas);
     m.def("cpu_isa() -> str", &cpu_isa);
     m.def("cpu_isa_missing(str name) -> str", &cpu_isa_missing);
     m.def("set_cpu_isa(str name) -> ()", &set_cpu_isa);
     m.def("cpu_stats_columns() -> str[]", &cpu_stats_columns);
-    m.def("cpu_packed_bytes(Tensor weight, bool needs_grad) -> int", &cpu_packed_bytes);
-    m.def("cpu_pack_weight(Tensor weight, bool needs_grad) -> Tensor[]", &cpu_pack_weight);
     m.def("cpu_row_statistics(Tensor[] lora_A, Tensor[] lora_B, Tensor[] grad_A, Tensor[] grad_B) -> Tensor", &cpu_row_statistics);
 }
 
 TORCH_LIBRARY_IMPL(heterolora_kernels, CPU, m) {
+    using namespace hlk_torch;
     m.impl("lora_linear_cpu", &lora_linear);
     m.impl("lora_linear_backward_cpu", &lora_linear_backward);
     m.impl("lora_delta_cpu", &lora_delta);
     m.impl("lora_delta_backward_cpu", &lora_delta_backward);
 }
-
-// Importing the module loads the library, which registers the above.
-static PyModuleDef module_definition = {PyModuleDef_HEAD_INIT, "_C", "The compiled kernels; used through torch.ops.", -1,
-                                        nullptr, nullptr, nullptr, nullptr, nullptr};
-
-PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module_definition); }

@@ -64,6 +64,11 @@ def _system_memory() -> int | None:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
+def how_to_install(extra: str) -> str:
+    """What an error says where a library of an extra is missing."""
+    return f"in a checkout: pip install --no-build-isolation '.[{extra}]'"
+
+
 def _container_memory() -> int | None:
     """What a control group (version 2) leaves; cached files that it can drop count as free."""
     folder = Path("/sys/fs/cgroup")

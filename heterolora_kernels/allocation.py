@@ -44,7 +44,15 @@ _allocators: dict[str, Allocator] = {}
 
 
 def register_allocator(name: str, per_rank: bool = False):
-    """Register ``f(scores, costs, budget, *, ...) -> {path: rank or row mask}``; see :class:`Allocator`."""
+    """Register ``f(scores, costs, budget, *, ...) -> {path: rank or row mask}``; see :class:`Allocator`.
+
+    Args:
+        name: what ``config.ranks`` will say.
+        per_rank: whether f wants a score per row of every path.
+
+    Returns:
+        A decorator, which gives back the function.
+    """
     def register(function):
         _allocators[name] = Allocator(name, function, per_rank)
         return function
@@ -100,10 +108,33 @@ def _pools(paths: Iterable[str], kinds: Mapping[str, str], mode: str, budget: fl
     return [([*lora, *shortcuts], together)] if mode == "combined" else [(lora, limits[0]), (shortcuts, limits[1])]
 
 
+Scores = Mapping[str, float | Sequence[float]]
+
+
+def _each(function: Callable[..., float], *scores: float | Sequence[float]) -> float | list[float]:
+    """Of the numbers of one path, or row by row."""
+    return function(*scores) if isinstance(scores[0], (int, float)) else [function(*row) for row in zip(*scores)]
+
+
+def averaged(average: Scores, scores: Scores, decay: float) -> dict[str, float | list[float]]:
+    """The moving average ``decay * average + (1 - decay) * scores``; a path without an average begins with its score."""
+    return {name: _each(lambda old, new: decay * old + (1 - decay) * new, average.get(name, score), score)
+            for name, score in scores.items()}
+
+
+def steadied(scores: Scores, rows: Mapping[str, Sequence[bool]], hysteresis: float) -> dict[str, float | list[float]]:
+    """The scores of what is on, ``rows``, raised by ``hysteresis`` times their size; the others as they are."""
+    def lifted(score: float, on: bool) -> float:
+        return score + hysteresis * abs(score) if on else score
+
+    return {name: _each(lifted, score, any(rows[name]) if isinstance(score, (int, float)) else rows[name])
+            for name, score in scores.items()}
+
+
 def ranking(scores: Mapping[str, float], generator: torch.Generator) -> list[str]:
     """Paths from the highest score to the lowest; ties in an order drawn once from ``generator``."""
     names = list(scores)
-    drawn = torch.randperm(len(names), generator=generator).tolist()
+    drawn = torch.randperm(len(names), generator=generator, device="cpu").tolist()
     order = sorted(range(len(names)), key=lambda i: (-scores[names[i]], drawn[i]))
     return [names[i] for i in order]
 
@@ -190,7 +221,7 @@ def _graded(scores, costs, budget, *, kinds, max_ranks, mode, budget_unit, rank_
     A path's rows are ordered by score and cut into units, whose score is their mean. A path whose next unit does not fit
     takes no later one either: its rank is a multiple of the step, or its full rank.
     """
-    drawn = torch.randperm(sum(max_ranks[path] for path in scores), generator=generator).tolist()
+    drawn = torch.randperm(sum(max_ranks[path] for path in scores), generator=generator, device="cpu").tolist()
     cost = {path: 1 if budget_unit == "modules" else costs[path] // max_ranks[path] for path in scores}
     units: dict[str, list[tuple[float, int, list[int]]]] = {}
     first = 0

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from heterolora_kernels import distributed
 from heterolora_kernels.proxies import register_proxy
-from heterolora_kernels.scoring import LossFunction, Measures, ScoringPass, on_every_process, untouched
+from heterolora_kernels.scoring import LossFunction, Measures, ScoringPass, untouched
 
 _STEPS = 10
 _IGNORED_LABEL = -100  # transformers' and torch's label of what counts for nothing
@@ -31,12 +31,19 @@ def _alpha_test(request: ScoringPass) -> dict[str, Tensor]:
     with ExitStack() as stack:
         stack.enter_context(untouched(model, state, source, training=False))
         stack.enter_context(torch.no_grad())
-        batches = on_every_process(
+        batches = distributed.on_every_process(
             lambda: request.batches() if measures.eval_batches is None else _listed(measures.eval_batches), device)
-        metric, greater = on_every_process(lambda: _metric_of(measures, batches), device)
+        metric, greater = distributed.on_every_process(lambda: _metric_of(measures, batches), device)
+
+        # A sharded model's forward is a collective itself: a process that fails in it cannot tell the others.
+        alone = distributed.wrapper_of(model) is None
+        count = int(distributed.broadcast_(torch.tensor(len(batches), device=device)))
+        if not alone and distributed.any_process(len(batches) != count, device):
+            raise ValueError("eval_batches must be as many on every process of a sharded model")
 
         def evaluate() -> float:
-            value = on_every_process(lambda: _number(metric(model, batches)), device)
+            value = (distributed.on_every_process(lambda: _number(metric(model, batches)), device) if alone
+                     else _number(metric(model, batches)))
             value = float(distributed.sum_(torch.tensor(value, dtype=torch.float64, device=device))) / distributed.world_size()
             if not math.isfinite(value):
                 raise FloatingPointError(f"metric is {value}; no rank was changed")
@@ -63,7 +70,7 @@ def _alpha_test(request: ScoringPass) -> dict[str, Tensor]:
         scores = {}
         for name, gate in _gates(state).items():
             units = gate.split(1) if request.per_rank else [gate]
-            found = torch.tensor([smallest(unit) for unit in units], dtype=torch.float64)
+            found = torch.tensor([smallest(unit) for unit in units], dtype=torch.float64, device="cpu")
             scores[name] = found if request.per_rank else found[0]
     return {name: scores[name] for name in state.paths}
 

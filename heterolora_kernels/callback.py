@@ -16,15 +16,19 @@ import torch
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
+from transformers.trainer_pt_utils import LabelSmoother
 
 from heterolora_kernels.files import decode, encode
-from heterolora_kernels.patching import count_parameters, state_of, unwrap
+from heterolora_kernels.patching import count_parameters
 from heterolora_kernels.peft_format import ADAPTER_NAMES
 from heterolora_kernels.planning import is_below
 from heterolora_kernels.save_and_load import NATIVE_NAME, write_native
-from heterolora_kernels.scoring import LossFunction, Metric
+from heterolora_kernels.scoring import LossFunction, Metric, default_loss, inputs_of, loss_in
 from heterolora_kernels.search import RankSearch
+from heterolora_kernels.state import HeteroLoraState, state_of, unwrap
 
 #: What the Trainer looks for in a checkpoint.
 _WEIGHTS_NAME = "model.safetensors"
@@ -42,10 +46,15 @@ class HeteroLoraCallback(TrainerCallback, ExportableState):
     ``heterolora/...``. The Trainer calls its reporting callbacks (TensorBoard, W&B, ...) before those of users: for them to see
     these numbers, call ``callback.attach(trainer)``.
 
+    With ``load_best_model_at_end`` the search is at the end what it was at the best checkpoint, ranks and history, as the
+    weights are.
+
     Args:
-        loss_fn, metric, eval_batches, greater_is_better, tolerance: as in :class:`~heterolora_kernels.search.RankSearch`. A
-            Trainer with a loss of its own (``compute_loss_func``, label smoothing) needs the same one here for
-            ``score="probe"``.
+        loss_fn, metric, eval_batches, greater_is_better, tolerance: as in :class:`~heterolora_kernels.search.RankSearch`. For
+            ``score="probe"`` the default is the model's own loss, with the Trainer's label smoothing. A Trainer with another
+            one (``compute_loss_func``, a ``compute_loss`` of its own) is not known here: pass the loss, or call
+            :meth:`attach`; one that keeps the labels from the model is refused at the first step otherwise. Where batches are
+            no inputs of the model (DPO, GRPO), use ``score="in_step"``.
         dataloader: batches for ``score="probe"``; default: the head of the Trainer's training set, unshuffled, in its batches.
         adapter_only: checkpoints, ``trainer.save_model()`` and ``model.save_pretrained()`` write the adapter in the native
             format, which :func:`~heterolora_kernels.load_adapter` reads too, and not the base. False leaves the Trainer alone.
@@ -57,8 +66,8 @@ class HeteroLoraCallback(TrainerCallback, ExportableState):
         search: the :class:`~heterolora_kernels.search.RankSearch`; None before training.
 
     Raises:
-        ValueError: when the Trainer is built, of a model that is not patched; when training begins, of a checkpoint without
-            the state of a search.
+        ValueError: when the Trainer is built, of a model that is not patched, and of what TRL would do wrong with one; when
+            training begins, of a checkpoint without the state of a search.
     """
 
     def __init__(self, loss_fn: LossFunction | None = None, metric: Metric | str | None = None,
@@ -70,10 +79,16 @@ class HeteroLoraCallback(TrainerCallback, ExportableState):
         self._measures = {"loss_fn": loss_fn, "metric": metric, "eval_batches": eval_batches,
                           "greater_is_better": greater_is_better, "tolerance": tolerance}
         self._dataloader = dataloader
+        self._trainer: Trainer | None = None
         self._is_restored = False
 
     def attach(self, trainer: Trainer) -> HeteroLoraCallback:
-        """Become the first callback of a Trainer, before those that report logs; returns the callback."""
+        """Become the first callback of a Trainer, before those that report logs; returns the callback.
+
+        A probe then uses the Trainer's own ``compute_loss`` where it is not the model's loss. What that notes down about a
+        batch, it also notes down about those of a probe.
+        """
+        self._trainer = trainer
         callbacks = trainer.callback_handler.callbacks
         callbacks[:] = [self, *(callback for callback in callbacks if callback is not self)]
         self._enter(trainer.model, trainer.args)
@@ -97,17 +112,28 @@ class HeteroLoraCallback(TrainerCallback, ExportableState):
         self._enter(model, args)
         data = self._dataloader if self._dataloader is not None else _unshuffled(train_dataloader, args, state)
         self.search = RankSearch(model, optimizer, data, _steps_per_epoch(train_dataloader, args, state),
-                                 getattr(optimizer, "scaler", None), **self._measures)
+                                 **{**self._measures, "loss_fn": self._measures["loss_fn"] or self._trainers_loss(args)})
         # A run of one step may end without a step of the search (at_last_step=False): nobody has forgotten anything.
         state_of(model).step_hooks.driven = True
         if state.global_step > 0:
-            self._resume(state)
+            self.search.load_state_dict(self._state_in(state))
         else:
             self.search.start()
+        if self.search._measures.loss_fn is default_loss and self.search.runs_losses and not args.torch_compile:
+            _refuse_other_losses(unwrap(model))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if self.at_last_step or state.global_step < state.max_steps:
             self.search.step()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if not args.load_best_model_at_end or state.best_model_checkpoint is None:
+            return
+        file = Path(state.best_model_checkpoint, TRAINER_STATE_NAME)
+        best = self._state_in(TrainerState.load_from_json(str(file))) if file.is_file() else None
+        # The Trainer goes on, with a warning, where it finds no weights.
+        if best is not None and best["masks"] == self.search.state_dict()["masks"]:
+            self.search.load_state_dict(best)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs) -> None:
         # The logs of an evaluation and of the whole run stay what they are.
@@ -130,12 +156,25 @@ class HeteroLoraCallback(TrainerCallback, ExportableState):
         if args.n_gpu > 1:
             raise ValueError(f"the Trainer would use nn.DataParallel on {args.n_gpu} GPUs, which shares what a forward captures "
                              "among threads: launch with torchrun or accelerate, or show it one GPU (CUDA_VISIBLE_DEVICES=0)")
+        _check_trl(patched, state, args)
+        if getattr(args, "disable_dropout", False):
+            # TRL turns off nn.Dropout alone.
+            for linear in state.linears:
+                linear._heterolora.dropout_p = 0.0
         side = _TrainerSide(patched, self)
         overrides: dict[str, object] = {_SIDE: side}
         if self.adapter_only and hasattr(type(patched), "save_pretrained") and not args.fsdp and not args.deepspeed:
             overrides.update(save_pretrained=side.save_pretrained, load_state_dict=side.load_state_dict)
         patched.__dict__.update(overrides)
         state.overrides.extend(name for name in overrides if name not in state.overrides)
+
+    def _trainers_loss(self, args: TrainingArguments) -> LossFunction | None:
+        """The loss of training; None where it is the model's own."""
+        trainer = self._trainer
+        if trainer is not None and (trainer.compute_loss_func is not None or trainer.label_smoother is not None
+                                    or type(trainer).compute_loss is not Trainer.compute_loss):
+            return lambda model, batch: trainer.compute_loss(model, inputs_of(model, batch))
+        return _smoothed_loss(LabelSmoother(args.label_smoothing_factor)) if args.label_smoothing_factor else None
 
     def _become_original(self, model: nn.Module) -> None:
         """``restore_callback_states_from_checkpoint`` puts a new object in the place of the user's: the two become one."""
@@ -145,7 +184,8 @@ class HeteroLoraCallback(TrainerCallback, ExportableState):
                              "an attached one; the search is resumed without it too")
         self.__dict__ = side.callback.__dict__
 
-    def _resume(self, state: TrainerState) -> None:
+    def _state_in(self, state: TrainerState) -> dict:
+        """The search's state that a checkpoint holds."""
         name = type(self).__name__
         saved = state.stateful_callbacks.get(name)
         saved = saved[-1] if isinstance(saved, list) else saved
@@ -157,7 +197,7 @@ class HeteroLoraCallback(TrainerCallback, ExportableState):
             content = json.loads(saved["search"])
         except ValueError as error:
             raise ValueError(f"{where} is no valid JSON: {error}") from error
-        self.search.load_state_dict(decode(content, where))
+        return decode(content, where)
 
     def _scalars(self) -> dict[str, float]:
         search = self.search
@@ -222,6 +262,41 @@ class _TrainerSide:
     def _is_own(self, name: str) -> bool:
         owner, _, leaf = name.rpartition(".")
         return leaf in ADAPTER_NAMES or is_below(owner, state_of(self._model).config.heads)
+
+
+def _check_trl(model: nn.Module, state: HeteroLoraState, args: TrainingArguments) -> None:
+    """Refuse what TRL would do wrong without a word."""
+    if getattr(args, "sync_ref_model", False):
+        raise ValueError("sync_ref_model=True: TRL copies parameters by position into a reference model, which has none of these "
+                         "adapters, or other ranks; set it to False")
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if any(cls.__module__.startswith("trl.") for cls in type(args).__mro__) and any(head is linear for linear in state.linears):
+        raise ValueError("target_modules: TRL multiplies by the weight of the output embeddings itself and would never train "
+                         "their adapter; leave them out ('lm_head')")
+
+
+def _refuse_other_losses(model: nn.Module) -> None:
+    """Raise in the first forward of training if it gives no loss: then the Trainer computes one that no probe uses."""
+    def hook(module: nn.Module, args: tuple, outputs) -> None:
+        if module.training:
+            handle.remove()
+            if loss_in(outputs) is None:
+                raise ValueError("loss_fn: the Trainer computes another loss than the model's own (compute_loss_func, or a "
+                                 "compute_loss of its own), which score='probe' would not use: pass it to HeteroLoraCallback, "
+                                 "call callback.attach(trainer), or use score='in_step'")
+    handle = model.register_forward_hook(hook)
+
+
+def _smoothed_loss(smoother: LabelSmoother) -> LossFunction:
+    """What the Trainer makes of ``label_smoothing_factor``."""
+    def loss(model: nn.Module, batch) -> torch.Tensor:
+        inputs = inputs_of(model, batch)
+        if "labels" not in inputs:
+            return default_loss(model, inputs)
+        labels = inputs.pop("labels")
+        is_shifted = type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        return smoother(model(**inputs), labels, shift_labels=is_shifted)
+    return loss
 
 
 def _steps_per_epoch(dataloader: Iterable, args: TrainingArguments, state: TrainerState) -> int:

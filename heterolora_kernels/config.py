@@ -96,6 +96,7 @@ class HeteroLoraConfig:
         modules_to_save: last parts of the names of modules that stay trainable; None means ``score`` and ``classifier``
             where the model has them.
         rank_pattern, alpha_pattern: ``{name, suffix or regular expression: value}``; a rank of 0 leaves the module out.
+        use_rslora: scaling ``lora_alpha / sqrt(r)``.
         adapter_dtype: torch dtype or its name; None: float32 under a 16-bit base, else the base's dtype.
         init_B: ``"zeros"`` (the model is unchanged at the start) or ``"kaiming_uniform"``.
         shortcuts: names out of ``residual_1``, ``residual_2``, ``shortcut_sa``, ``shortcut_ffn``, or ``"all"``.
@@ -278,6 +279,12 @@ class HeteroLoraConfig:
                 or ``"llama"`` (the runs on Llama and Qwen).
             overrides: fields that are to differ, such as ``target_modules`` where the model's linears have other names.
 
+        Returns:
+            The config.
+
+        Raises:
+            ValueError, TypeError: name the setting or the field.
+
         Source: arXiv 2406.14956 and the run logs that its authors published.
         """
         _choice("setting", setting, tuple(_PAPER_SETTINGS))
@@ -285,6 +292,9 @@ class HeteroLoraConfig:
 
     def to_dict(self) -> dict:
         """The fields as JSON and TOML can hold them; :meth:`from_dict` is the inverse.
+
+        Returns:
+            ``{field: value}`` of every field.
 
         Raises:
             ValueError: ``sites`` holds a function, which has no written form.
@@ -299,7 +309,13 @@ class HeteroLoraConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping) -> HeteroLoraConfig:
-        """A config from :meth:`to_dict`; fields that are not named have their defaults.
+        """The inverse of :meth:`to_dict`.
+
+        Args:
+            values: ``{field: value}``; fields that are not named have their defaults.
+
+        Returns:
+            The config.
 
         Raises:
             ValueError, TypeError: name the field.

@@ -1,17 +1,32 @@
-"""Agreement among the processes of a job; every function is the identity without one."""
+"""Agreement among the processes of a job, and the parts that they hold of sharded tensors.
+
+Every function is the identity without a job, and for tensors that are whole. Sharded tensors are the DTensors of FSDP2
+(``torch.distributed.fsdp.fully_shard``); in which way they are sharded is theirs to say.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+from heterolora_kernels.layers import Path
+
+Result = TypeVar("Result")
 
 
 def world_size() -> int:
     """Processes of the default group, 1 without one."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes."""
+    return world_size() == 1 or dist.get_rank() == 0
 
 
 def sum_(tensor: Tensor) -> Tensor:
@@ -46,8 +61,128 @@ def any_process(flag: bool, device: torch.device) -> bool:
     return bool(value.item())
 
 
+def on_every_process(function: Callable[[], Result], device: torch.device,
+                     failed: str = "scoring failed on another process; no rank was changed") -> Result:
+    """``function()``; if it fails on one process all raise, for one that left alone would let the others wait in a collective.
+
+    Not for functions with collectives of their own. ``failed``: what those say that did not fail.
+    """
+    result, failure = None, None
+    try:
+        result = function()
+    except Exception as error:
+        failure = error
+    if any_process(failure is not None, device):
+        raise failure or RuntimeError(failed)
+    return result
+
+
 def broadcast_(tensor: Tensor) -> Tensor:
     """The first process's values everywhere, in place."""
     if world_size() > 1:
         dist.broadcast(tensor, src=0)
     return tensor
+
+
+# ---- sharded tensors ----
+
+
+def _loaded(module: str, name: str) -> type | tuple:
+    """A class of torch.distributed, or what nothing is an instance of: before its module is imported there are none."""
+    return getattr(sys.modules.get(f"torch.distributed.{module}"), name, ())
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether a tensor is spread over processes."""
+    return isinstance(tensor, _loaded("tensor", "DTensor"))
+
+
+def count_dtensors(tensors: Iterable[Tensor]) -> int:
+    """How many of the tensors are spread over processes."""
+    cls = _loaded("tensor", "DTensor")
+    return sum([isinstance(tensor, cls) for tensor in tensors])
+
+
+def wrapper_of(model: nn.Module) -> str | None:
+    """``"FSDP2"``, ``"FSDP1"`` or ``"DTensor"`` (tensor parallelism) where that holds the model's parameters, else None."""
+    for module in model.modules():
+        if is_fsdp(module):
+            return "FSDP2"
+        if isinstance(module, _loaded("fsdp", "FullyShardedDataParallel")):
+            return "FSDP1"
+    return "DTensor" if count_dtensors(model.parameters()) else None
+
+
+def is_fsdp(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was called on the module."""
+    return isinstance(module, _loaded("fsdp", "FSDPModule"))
+
+
+def check_wrapped(model: nn.Module, paths: Sequence[Path]) -> bool:
+    """Whether the model is sharded.
+
+    Raises:
+        ValueError: its wrapper does not know the adapters, or holds them in a way in which they have no rows.
+    """
+    wrapper = wrapper_of(model)
+    if wrapper == "FSDP1":
+        raise ValueError("model is wrapped by FullyShardedDataParallel, which flattens parameters: an adapter has no rows there; "
+                         "use torch.distributed.fsdp.fully_shard (FSDP2) or DistributedDataParallel")
+    # Nothing public tells which parameters DDP reduces; without the attribute there is no saying.
+    known = getattr(model, "_module_parameters", None) if isinstance(model, nn.parallel.DistributedDataParallel) else None
+    if known is not None and not {id(path.lora_A) for path in paths} <= {id(p) for p in known}:
+        raise ValueError("model was wrapped by DistributedDataParallel before apply_heterolora: it would not reduce the "
+                         "adapters' gradients; patch first, then wrap")
+    alone = [path.name for path in paths if path.site is not None and is_fsdp(path.holder)]
+    if alone:
+        raise ValueError(f"model: the shortcut {alone[0]!r} is a fully_shard group of its own, and its parameters are used in "
+                         "its layer's forward: let the group of its layer hold them")
+    return wrapper is not None
+
+
+def reshard(model: nn.Module) -> None:
+    """Let every FSDP2 module hold its sharded parameters: a forward without a backward leaves those of the root gathered."""
+    for module in model.modules():
+        if is_fsdp(module):
+            module.reshard()
+
+
+def reduces_gradients(model: nn.Module) -> bool:
+    """Whether every FSDP2 module reduces its gradients in the next backward: not so in the midst of an accumulation."""
+    modules = [module for module in model.modules() if is_fsdp(module)]
+    # Nothing public tells. In older versions of torch a module has one group or none.
+    states = [module._get_fsdp_state() for module in modules]
+    groups = [group for state in states for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]]
+    return all(group.reduce_grads for group in groups if group is not None)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor, detached; a collective where it is sharded."""
+    return tensor.detach().full_tensor() if is_dtensor(tensor) else tensor.detach()
+
+
+@torch.no_grad()
+def local_part(tensor: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+    """What this process holds of a tensor, as a view of it, and where that lies in the whole."""
+    if not is_dtensor(tensor):
+        return tensor.detach(), tuple(slice(0, size) for size in tensor.shape)
+    # Imported here because it takes long, and whoever has a DTensor has it already.
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    local = tensor.to_local()
+    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return local, tuple(slice(first, first + size) for first, size in zip(offsets, local.shape))
+
+
+def is_first_copy(tensor: Tensor) -> bool:
+    """Whether no process before this one holds the same part of a sharded tensor (HSDP replicates shards)."""
+    if not is_dtensor(tensor):
+        return True
+    place = tensor.device_mesh.get_coordinate()
+    return place is not None and not any(index for index, how in zip(place, tensor.placements) if how.is_replicate())
+
+
+def copy_(target: Tensor, values: Tensor) -> None:
+    """Write a whole tensor into one that may be sharded."""
+    local, where = local_part(target)
+    local.copy_(values[where])

@@ -27,6 +27,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from heterolora_kernels.undo import put_back
+
 # linux/fcntl.h and linux/fs.h
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -98,8 +100,14 @@ def replaced_folder(directory: str | os.PathLike, stale: Callable[[str], bool] =
     target.parent.mkdir(parents=True, exist_ok=True)
     _clear(target)
     folder = _beside(target, "saving")
-    _writing.add(folder.name)
-    try:
+
+    def clear() -> None:
+        # After a failure it holds what is new, else what is old.
+        shutil.rmtree(folder, ignore_errors=True)
+        _writing.discard(folder.name)
+
+    with put_back(clear):
+        _writing.add(folder.name)
         folder.mkdir()
         yield folder
         if target.exists():
@@ -107,10 +115,6 @@ def replaced_folder(directory: str | os.PathLike, stale: Callable[[str], bool] =
             _take_over(target, folder, stale)
         _sync_tree(folder)
         _put_in_place(folder, target)
-    finally:
-        # After a failure it holds what is new, else what is old.
-        shutil.rmtree(folder, ignore_errors=True)
-        _writing.discard(folder.name)
 
 
 def _check_replaceable(target: Path) -> None:
@@ -309,7 +313,7 @@ def decode(value, where: str):
             return float(value["value"])
         if kind == "tensor":
             data, dtype = bytearray(base64.b64decode(value["data"], validate=True)), getattr(torch, value["dtype"])
-            flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+            flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype, device="cpu")
             return flat.reshape(value["shape"]).clone()
         if kind == "dict":
             return {decode(key, where): decode(entry, f"{where}[{key!r}]") for key, entry in value["items"]}

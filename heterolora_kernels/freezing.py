@@ -21,6 +21,7 @@ from torch.optim.optimizer import (
 )
 
 from heterolora_kernels.allocation import get_allocator
+from heterolora_kernels.distributed import count_dtensors, local_part
 from heterolora_kernels.layers import Path
 
 #: Optimizer steps after which a dynamic search that nobody drives is reported.
@@ -33,9 +34,24 @@ def _closure_of(args: tuple, kwargs: dict):
     return next((value for value in args[1:] if callable(value)), None)
 
 
-def _paths_of(optimizer: Optimizer, paths: Sequence[Path]) -> list[Path]:
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+def _paths_of(optimizer: Optimizer, state) -> list[Path]:
+    """The paths whose parameters the optimizer holds."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    held, paths = set(map(id, parameters)), list(state.paths.values())
+    if count_dtensors(parameters) and not all([id(path.lora_A) in held and id(path.lora_B) in held for path in paths]):
+        # An evaluation since the backward has left parameters gathered, in the places of those that are stepped.
+        state.reshard()
     return [path for path in paths if id(path.lora_A) in held or id(path.lora_B) in held]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return local_part(tensor)[0]
+
+
+def _local_index(parameter: Tensor, dim: int, rows: Sequence[bool]) -> Tensor:
+    """Indices, in this process's part of a parameter and of its state, of those of the path's rows that ``rows`` says."""
+    local, where = local_part(parameter)
+    return torch.tensor([j for j, flag in enumerate(rows[where[dim]]) if flag], dtype=torch.int64, device=local.device)
 
 
 def _elementwise_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
@@ -106,7 +122,8 @@ class StepHooks:
         self.observers: weakref.WeakSet = weakref.WeakSet()
         self.driven = False
         self._handles: list = []
-        # (parameter, dimension of its rows, indices of the inactive ones, {id of tensor: (tensor, their values)})
+        weakref.finalize(self, _remove_all, self._handles).atexit = False
+        # (parameter, dimension of its rows, local indices of the inactive ones, {id of tensor: (tensor, their values)})
         self._saved: list[tuple[Tensor, int, Tensor, dict[int, tuple[Tensor, Tensor]]]] = []
         #: ``{parameter: rows}`` whose optimizer state starts anew at the next step.
         self._resets: dict[str, list[bool]] = {}
@@ -119,7 +136,7 @@ class StepHooks:
         self.__init__()
 
     def register(self, state_ref: weakref.ref) -> None:
-        """Begin. ``state_ref`` leads to the object with ``paths`` and ``config``; the hooks end with it."""
+        """Begin. ``state_ref`` leads to the object with ``paths``, ``config`` and ``reshard()``; the hooks end with it."""
         hooks = weakref.ref(self)
 
         def before(optimizer, args, kwargs):
@@ -132,8 +149,8 @@ class StepHooks:
             if state is not None and own is not None:
                 own._after(state, optimizer)
 
-        self._handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
-        weakref.finalize(self, _remove_all, self._handles).atexit = False
+        self._handles.append(register_optimizer_step_pre_hook(before))
+        self._handles.append(register_optimizer_step_post_hook(after))
 
     def remove(self) -> None:
         """End."""
@@ -166,7 +183,6 @@ class StepHooks:
             if name not in self._resets or id(parameter) not in held:
                 continue
             rows = self._resets.pop(name)
-            index = torch.tensor(rows, device=parameter.device).nonzero().flatten()
             # Its rows that stay off lose their state too, which they would when they are switched on.
             whole = all(rows[j] for j, on in enumerate(path.active_rows()) if on)
             state = optimizer.state.get(parameter, {})
@@ -174,14 +190,15 @@ class StepHooks:
             if whole and "sum" not in state:
                 optimizer.state.pop(parameter, None)
                 continue
+            index = _local_index(parameter, dim, rows)
             for key, tensor in _elementwise_state(optimizer, parameter).items():
                 value = _first_value(optimizer, key)
-                tensor.fill_(value) if whole else tensor.index_fill_(dim, index, value)
+                _local(tensor).fill_(value) if whole else _local(tensor).index_fill_(dim, index, value)
             if whole and isinstance(state.get("step"), Tensor):
                 state["step"].zero_()
 
     def _before(self, state, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        paths = _paths_of(optimizer, list(state.paths.values()))
+        paths = _paths_of(optimizer, state)
         if not paths:
             return
         rows = {path.name: path.active_rows() for path in paths}
@@ -211,34 +228,39 @@ class StepHooks:
     @torch.no_grad()
     def _save_rows(self, optimizer: Optimizer, path: Path) -> None:
         """Copy the inactive rows of lora_A and the inactive columns of lora_B, and those of their state."""
-        index = (~path.mask).nonzero().flatten()
+        closed = [not on for on in path.active_rows()]
         for parameter, dim in ((path.lora_A, 0), (path.lora_B, 1)):
-            values = {id(tensor): (tensor, tensor.index_select(dim, index)) for tensor in _rows_of(optimizer, parameter)}
+            index = _local_index(parameter, dim, closed)
+            values = {id(tensor): (tensor, _local(tensor).index_select(dim, index)) for tensor in _rows_of(optimizer, parameter)}
             self._saved.append((parameter, dim, index, values))
 
     @torch.no_grad()
     def _restore_rows(self, optimizer: Optimizer) -> None:
         for parameter, dim, index, values in self._saved:
-            parameter.index_copy_(dim, index, values[id(parameter)][1])
+            _local(parameter).index_copy_(dim, index, values[id(parameter)][1])
             for name, tensor in _elementwise_state(optimizer, parameter).items():
                 if id(tensor) in values:
-                    tensor.index_copy_(dim, index, values[id(tensor)][1])
+                    _local(tensor).index_copy_(dim, index, values[id(tensor)][1])
                 else:
                     # State that this step made: rows that take no part in it are as before a first step.
-                    tensor.index_fill_(dim, index, _first_value(optimizer, name))
+                    _local(tensor).index_fill_(dim, index, _first_value(optimizer, name))
         self._saved.clear()
 
     def _after(self, state, optimizer: Optimizer) -> None:
-        if not _paths_of(optimizer, list(state.paths.values())):
+        if not _paths_of(optimizer, state):
             return
         self._restore_rows(optimizer)
         self.steps += 1
-        if state.config.search != "off" and not self.driven and self.steps == _STEPS_BEFORE_WARNING:
-            missed = "step" if state.config.search == "dynamic" else "start"
-            when = "after optimizer.step()" if missed == "step" else "before training"
+        if self.steps == _STEPS_BEFORE_WARNING:
+            self.warn_if_undriven(state.config.search)
+
+    def warn_if_undriven(self, search: str) -> None:
+        """Say that nobody drives the config's search, if steps were taken."""
+        if search != "off" and self.steps > 0 and not self.driven:
+            missed, when = ("step", "after optimizer.step()") if search == "dynamic" else ("start", "before training")
             warnings.warn(
-                f"{self.steps} optimizer steps and search.{missed}() was never called: no rank is being chosen. Use "
-                f"HeteroLoraCallback with the HF Trainer, call RankSearch.{missed}() {when}, or set search='off'", stacklevel=2)
+                f"{self.steps} optimizer steps were taken and search.{missed}() was never called: no rank was chosen. Use "
+                f"HeteroLoraCallback with the HF Trainer, call RankSearch.{missed}() {when}, or set search='off'", stacklevel=3)
 
 
 def _remove_all(handles: list) -> None:

@@ -117,10 +117,31 @@ def lora_linear_group(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Ten
                       backend: str | None = None) -> list[Tensor]:
     """The whole contract: linears that read one x, any number of paths, device-side ranks, statistics.
 
-    Args: those of the op (see :mod:`heterolora_kernels.ops.schema`), with x and sources of any leading shape.
+    ``out_i = x W_i^T + bias_i + sum over p with path_output[p] = i of s_p * ((drop(u_p) A_p^T) * gate_p) B_p^T``
+
+    Args:
+        x: [..., K].
+        weights: [N_i, K] each, x's dtype, any strides.
+        biases: [N_i] or None each.
+        sources: [..., K_j] each, as many rows as x: what paths read beside x.
+        lora_A: [r_p, K_p] per path.
+        lora_B: [N_i, r_p] per path.
+        scaling: float32 [P], s_p.
+        gate: float32 [R], one number per rank of every path, R their sum.
+        active: int32 [P], leading rows of each path that must be computed; without a probe the others are not.
+        path_output: the i that each path adds to.
+        path_source: the j that each path reads; -1 is x.
+        rng: int64 [1], the key of the dropout mask; needed exactly where ``dropout_p`` > 0.
+        dropout_p: probability with which an element of a path's source is dropped.
+        packs: empty, or two opaque tensors per weight from the backend's ``pack_weight``.
+        probe: float32 [R, columns] that requires grad: its gradient is the statistics. None: they are not computed.
+        backend: one of :func:`heterolora_kernels.available_backends`; chosen by device by default.
 
     Returns:
         One tensor [..., N_i] per weight.
+
+    Raises:
+        ValueError, TypeError: name the argument.
     """
     flat, name, shaped = _flat(x), resolve(x.device, backend, x.dtype), x.dim() != 2
     # F.linear adds the bias after the product where x is strided and of more than two dimensions, and inside it
@@ -138,19 +159,29 @@ def lora_linear_group(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Ten
 
 
 def lora_delta(base_out: Tensor, sources: Sequence[Tensor], lora_A: Sequence[Tensor], lora_B: Sequence[Tensor],
-               scaling: Tensor, gate: Tensor, active: Tensor, *, rng: Tensor | None = None, dropout_p: float = 0.0,
+               scaling: Tensor, gate: Tensor, active: Tensor, *, x: Tensor | None = None,
+               path_source: Sequence[int] | None = None, rng: Tensor | None = None, dropout_p: float = 0.0,
                probe: Tensor | None = None, backend: str | None = None) -> Tensor:
     """``base_out + sum_p s_p (drop(u_p) A_p^T * gate_p) B_p^T`` for an output that something else computed.
 
     Args:
-        base_out: [..., N], for example the output of a norm.
-        sources: one tensor [..., K_p] per path, as many rows as base_out.
+        base_out: [..., N], for example the output of a norm or of a quantised linear.
+        sources: tensors [..., K_j] with as many rows as base_out.
         lora_A, lora_B: [r_p, K_p] and [N, r_p] per path.
-        scaling, gate, active, rng, dropout_p, probe: as in the op's schema.
+        x: [..., K], what paths with ``path_source`` -1 read.
+        path_source: the source of each path, an index into ``sources`` or -1 for x; by default path p reads ``sources[p]``.
+        scaling, gate, active, rng, dropout_p, probe, backend: as in :func:`lora_linear_group`.
+
+    Returns:
+        [..., N] in base_out's dtype.
+
+    Raises:
+        ValueError, TypeError: name the argument.
     """
     flat = _flat(base_out)
-    # No path reads x here, it only tells M and the dtype: detached, it asks for no gradient and is no duplicate input.
+    # Where no path reads x it only tells M and the dtype: detached, it asks for no gradient and is no duplicate input.
     outs = call_lora_delta(
-        resolve(base_out.device, backend, base_out.dtype), flat.detach(), [flat], [_flat(u) for u in sources], list(lora_A),
-        list(lora_B), scaling, gate, active, rng, [0] * len(lora_A), list(range(len(sources))), dropout_p, probe)
+        resolve(base_out.device, backend, base_out.dtype), flat.detach() if x is None else _flat(x), [flat],
+        [_flat(u) for u in sources], list(lora_A), list(lora_B), scaling, gate, active, rng, [0] * len(lora_A),
+        list(range(len(sources)) if path_source is None else path_source), dropout_p, probe)
     return outs[0].reshape(base_out.shape)

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from heterolora_kernels._env import how_to_install
 from heterolora_kernels.config import SHORTCUT_SITES
 from heterolora_kernels.files import decode, encode, field_of, write_file
 from heterolora_kernels.names import split_path
@@ -21,6 +22,30 @@ from heterolora_kernels.names import split_path
 #: Of an entry, what is read here and in the pictures.
 _FIELDS = {"step": int, "warmup": bool, "scores": (dict, type(None)), "ranks": dict, "churn": (int, float),
            "active_parameters": int}
+
+
+def describe_ranks(rows: Mapping[str, Sequence[bool]], before: Mapping[str, Sequence[bool]], sizes: Mapping[str, int],
+                   scores: Mapping[str, float | Sequence[float]] | None, per_rank: bool) -> dict[str, object]:
+    """What an entry says of a choice of ranks.
+
+    Args:
+        rows, before: which rows of each path are active now, and were.
+        sizes: parameters of one row of each path.
+        scores: by which they were chosen; None in the warm-up.
+        per_rank: rows are ranked and counted, instead of paths.
+    """
+    # What is counted: paths, or rows where rows are ranked.
+    units = {name: row if per_rank else (any(row),) for name, row in rows.items()}
+    was = {name: row if per_rank else (any(row),) for name, row in before.items()}
+    on = [(name, i) for name in rows for i, active in enumerate(units[name]) if active]
+    fresh = [(name, i) for name, i in on if not was[name][i]]
+    return {
+        "scores": scores, "ranks": {name: sum(row) for name, row in rows.items()},
+        "threshold": None if scores is None else min(scores[name][i] if per_rank else scores[name] for name, i in on),
+        # Share of what is now on that was off before; at the first allocation everything was on.
+        "churn": len(fresh) / len(on),
+        "active_parameters": sum(sizes[name] * sum(row) for name, row in rows.items()),
+    }
 
 
 def _lines(entries: Iterable[Mapping]) -> bytes:
@@ -104,7 +129,7 @@ def write_toml(path: str | os.PathLike, values: Mapping) -> None:
     try:
         import tomli_w
     except ImportError as error:
-        raise ImportError(f"TOML files need the extra 'train' (pip install 'heterolora-kernels[train]'): {error}") from error
+        raise ImportError(f"TOML files need the extra 'train' ({how_to_install('train')}): {error}") from error
     write_file(path, tomli_w.dumps(_without_none(values)).encode())
 
 

@@ -18,6 +18,12 @@ from torch import nn
 _BOUND = ("_old_forward", "forward")
 _KEPT = "_heterolora_forwards"
 _generated: dict[tuple[type, type], type] = {}
+#: Classes whose instances take a generated class.
+_checked: set[type] = set()
+
+
+class _Nothing:
+    """A mixin that adds nothing."""
 
 
 def generated_class(mixin: type, base: type) -> type:
@@ -59,18 +65,38 @@ def is_swapped(module: nn.Module) -> bool:
     return hasattr(type(module), "_heterolora_key")
 
 
+def generated_from(module: nn.Module, mixin: type) -> bool:
+    """Whether the instance's class was generated here from ``mixin``."""
+    return is_swapped(module) and isinstance(module, mixin)
+
+
 def check_swappable(name: str, module: nn.Module) -> None:
-    """Refuse a module whose class's ``forward`` would never be called.
+    """Refuse a module whose class's ``forward`` would never be called, or whose class cannot be changed.
 
     accelerate's hooks put a ``forward`` into the instance and call the class's as ``_old_forward``: that inner one can be
     replaced. Any other ``forward`` in the instance hides ours.
 
+    One that accelerate offloads is refused too: its hook looks for the adapters among the weights that it has put away.
+
     Raises:
         ValueError: names the module.
     """
+    hook = module.__dict__.get("_hf_hook")
+    if any(getattr(each, "offload", False) for each in getattr(hook, "hooks", [hook])):
+        raise ValueError(f"module {name!r} is offloaded by accelerate, which brings in only the weights it knew before: load the "
+                         "model without offloading (a device_map whose modules all have one device), then patch it")
     if "forward" in module.__dict__ and not _bound_names(module, type(module)):
         raise ValueError(f"module {name!r} has a forward of its own in the instance ({module.__dict__['forward']!r}), "
                          "which hides the class's: it cannot be patched; remove that wrapper first")
+    cls = type(module)
+    if cls not in _checked:
+        try:
+            # A bare instance: Python compares the layouts of the two classes alone.
+            object.__setattr__(cls.__new__(cls), "__class__", generated_class(_Nothing, cls))
+        except TypeError as error:
+            raise ValueError(f"module {name!r} cannot be patched: the class of a {cls.__module__}.{cls.__qualname__} cannot be "
+                             f"changed ({error})") from error
+        _checked.add(cls)
 
 
 def _bound_names(module: nn.Module, cls: type) -> list[str]:

@@ -24,6 +24,7 @@ from heterolora_kernels.ops.ledger import NUM_COLUMNS, Ledger
 from heterolora_kernels.ops.rng import draw_rng
 from heterolora_kernels.packing import PackBudget, Packs
 from heterolora_kernels.sites import SHORTCUTS, LayerState
+from heterolora_kernels.undo import put_back
 
 _AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -177,34 +178,39 @@ class PathSet:
         device = self.paths[0].mask.device
         sets, group = self.sharing(device), self.group
         before, whole = [paths.derived for paths in sets], None if group is None else group.derived
-        try:
+
+        def undo() -> None:
+            for paths, derived in zip(sets, before):
+                paths.derived = derived
+            if group is not None:
+                group.derived = whole
+
+        with put_back(undo):
             self.derive(device)
             with torch.inference_mode(False), torch.no_grad():
                 for paths in sets:
                     paths.derived.everything_on = True
                     paths.derived.gate.fill_(1.0)
-                    paths.derived.active.copy_(torch.tensor([path.r for path in paths.paths]))
+                    paths.derived.active.copy_(torch.tensor([path.r for path in paths.paths], device="cpu"))
             yield
-        finally:
-            for paths, derived in zip(sets, before):
-                paths.derived = derived
-            if group is not None:
-                group.derived = whole
 
     def _current(self, device: torch.device) -> _Derived:
         derived = self.derived if self.derived is not None else self.derive(device)
         # Whoever writes a mask in place (an averaged copy of the model, say) is followed. A compiled graph is not asked.
         if torch.compiler.is_compiling():
             return derived
+        if derived.gate.device != device:
+            # Moved by a write to `.data`, as FSDP2 brings a model to its devices.
+            derived = self.derive(device)
         for path, (mask, version) in zip(self.paths, derived.written):
             if path.mask is not mask or mask._version != version:
                 self.write_masks()
                 break
         return derived
 
-    def source(self, path: Path, dtype: torch.dtype) -> Tensor:
+    def source(self, path: Path) -> Tensor:
         """What a shortcut reads."""
-        return self.layer.source(SHORTCUTS[path.site][0], path.name).to(dtype)
+        return self.layer.source(SHORTCUTS[path.site][0], path.name)
 
     def _probe(self, derived: _Derived) -> Tensor | None:
         if not self.switches.ledger.collecting or not torch.is_grad_enabled():
@@ -240,17 +246,25 @@ class PathSet:
         derived = self._current(weight.device)
         return _run_linears([(self, weight, bias)], derived, self._probe(derived), x, rng, dropout_p)[0]
 
-    def run_delta(self, module: nn.Module, base_out: Tensor) -> Tensor:
-        """``base_out`` and all paths, for an output that something else computed."""
-        device_type, derived = base_out.device.type, self._current(base_out.device)
-        dropout_p = self.dropout_p if module.training else 0.0
-        args = (base_out, [self.source(path, base_out.dtype) for path in self.paths], [path.lora_A for path in self.paths],
-                [path.lora_B for path in self.paths], derived.scaling, derived.gate, derived.active)
-        call = dict(rng=draw_rng(base_out.device) if dropout_p else None, dropout_p=dropout_p, probe=self._probe(derived))
-        if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-            return lora_delta(*args, **call)
-        with torch.autocast(device_type, enabled=False):
-            return lora_delta(*args, **call)
+    def run_delta(self, module: nn.Module, base_out: Tensor, x: Tensor | None = None) -> Tensor:
+        """``base_out`` and all paths, for an output that something else computed. x: what the linear's own path reads."""
+        derived, group = self._current(base_out.device), self.group
+        dropout_p, rng = self.dropout_p if module.training else 0.0, None
+        turn = None if group is None or not group.is_running else group.enter(self.paths[0].name, x)
+        if dropout_p:
+            rng = draw_rng(base_out.device) if turn is None else turn.key(x)
+        sources, lora_A, lora_B, path_source = self.gather()
+        return call_delta(base_out, x if -1 in path_source else None, sources, lora_A, lora_B, derived.scaling, derived.gate,
+                          derived.active, path_source, rng=rng, dropout_p=dropout_p, probe=self._probe(derived))
+
+    def gather(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int]]:
+        """sources, lora_A, lora_B and path_source of the paths, as the op takes them."""
+        sources, path_source = [], []
+        for path in self.paths:
+            path_source.append(-1 if path.site is None else len(sources))
+            if path.site is not None:
+                sources.append(self.source(path))
+        return sources, [path.lora_A for path in self.paths], [path.lora_B for path in self.paths], path_source
 
 
 def _derive(sets: Sequence[PathSet], device: torch.device) -> _Derived:
@@ -281,31 +295,56 @@ def _derive(sets: Sequence[PathSet], device: torch.device) -> _Derived:
 def _run_linears(members: Sequence[tuple[PathSet, Tensor, Tensor | None]], derived: _Derived, probe: Tensor | None, x: Tensor,
                  rng: Tensor | None, dropout_p: float) -> list[Tensor]:
     """Every member's output in one op. members: (path set, weight, bias) of each; derived and probe: over all their paths."""
+    sources, lora_A, lora_B, path_source = members[0][0].gather()
+    path_output = [0] * len(lora_A)
+    for output, (paths, _, _) in enumerate(members[1:], 1):
+        own, own_A, own_B, own_source = paths.gather()
+        path_source += [-1 if key == -1 else key + len(sources) for key in own_source]
+        path_output += [output] * len(own_A)
+        sources += own
+        lora_A += own_A
+        lora_B += own_B
+    return call_linears(x, [weight for _, weight, _ in members], [bias for _, _, bias in members],
+                        [paths.packs for paths, _, _ in members], sources, lora_A, lora_B, derived.scaling, derived.gate,
+                        derived.active, path_output, path_source, rng=rng, dropout_p=dropout_p, probe=probe)
+
+
+def call_linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], packs: Sequence[Packs | None],
+                 sources: Sequence[Tensor], lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: Tensor, gate: Tensor,
+                 active: Tensor, path_output: Sequence[int], path_source: Sequence[int], *, rng: Tensor | None,
+                 dropout_p: float, probe: Tensor | None = None) -> list[Tensor]:
+    """:func:`~heterolora_kernels.functional.lora_linear_group` as a module calls it: under autocast in its dtype and with it off
+    inside, with the packs of each weight (those of ``packs``, or None), sources in the dtype of x."""
     device_type = x.device.type
     autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
-    weights, biases = [weight for _, weight, _ in members], [bias for _, _, bias in members]
     if autocast and x.dtype in _AUTOCAST_DTYPES:
         dtype = torch.get_autocast_dtype(device_type)
         x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
         biases = [None if bias is None else bias.to(dtype) for bias in biases]
-    sources, lora_A, lora_B, path_output, path_source = [], [], [], [], []
-    for output, (paths, _, _) in enumerate(members):
-        for path in paths.paths:
-            path_output.append(output)
-            path_source.append(-1 if path.site is None else len(sources))
-            if path.site is not None:
-                sources.append(paths.source(path, x.dtype))
-            lora_A.append(path.lora_A)
-            lora_B.append(path.lora_B)
     name = resolve(x.device, None, x.dtype)
+    sources = [source.to(x.dtype) for source in sources]
+    args = (x, weights, biases, sources, lora_A, lora_B, scaling, gate, active, path_output, path_source)
     # A weight that autocast has just cast is another one in each call.
-    packs = [] if autocast else _packs_of([paths.packs for paths, _, _ in members], name, weights, x)
-    args = (x, weights, biases, sources, lora_A, lora_B, derived.scaling, derived.gate, derived.active, path_output, path_source)
-    call = dict(rng=rng, dropout_p=dropout_p, probe=probe, packs=packs, backend=name)
+    call = dict(rng=rng, dropout_p=dropout_p, probe=probe, packs=[] if autocast else _packs_of(packs, name, weights, x),
+                backend=name)
     if not autocast:
         return lora_linear_group(*args, **call)
     with torch.autocast(device_type, enabled=False):
         return lora_linear_group(*args, **call)
+
+
+def call_delta(base_out: Tensor, x: Tensor | None, sources: Sequence[Tensor], lora_A: Sequence[Tensor],
+               lora_B: Sequence[Tensor], scaling: Tensor, gate: Tensor, active: Tensor, path_source: Sequence[int], *,
+               rng: Tensor | None, dropout_p: float, probe: Tensor | None = None) -> Tensor:
+    """:func:`~heterolora_kernels.functional.lora_delta` as a module calls it: x and sources in the dtype of base_out, autocast
+    off inside."""
+    device_type, dtype = base_out.device.type, base_out.dtype
+    args = (base_out, [source.to(dtype) for source in sources], lora_A, lora_B, scaling, gate, active)
+    call = dict(x=None if x is None else x.to(dtype), path_source=path_source, rng=rng, dropout_p=dropout_p, probe=probe)
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return lora_delta(*args, **call)
+    with torch.autocast(device_type, enabled=False):
+        return lora_delta(*args, **call)
 
 
 def _packs_of(owners: Sequence[Packs | None], backend: str, weights: Sequence[Tensor], x: Tensor) -> list[Tensor]:
@@ -360,6 +399,21 @@ class PatchedConv1D(_Refreshes):
         return paths.run_linear(self, self.weight.t(), self.bias, x) if paths.switches.enabled else base_forward(self, x)
 
 
+class PatchedQuantised(_Refreshes):
+    """Mixin of a linear with quantised weights, which computes its output itself: the paths join it."""
+
+    #: bitsandbytes asks this before it packs 4-bit weights for inference, in the first forward in eval mode whose input asks for
+    #: no gradient. From then on its linears have no backward, and say nothing.
+    support_avx512bf16_for_cpu = property(lambda self: False)
+
+    def patched_forward(self, base_forward, x, *args, **kwargs):
+        out, paths = base_forward(self, x, *args, **kwargs), self._heterolora
+        if torch.is_grad_enabled() and x.requires_grad and not out.requires_grad:
+            raise RuntimeError(f"the quantised base of {paths.paths[0].name!r} ({type(self).__name__}) gives no gradient to its "
+                               "input, so nothing before it would learn; has a library packed its weights for inference?")
+        return paths.run_delta(self, out, x) if paths.switches.enabled else out
+
+
 class PatchedNorm(_Refreshes):
     """Mixin of a norm that stands between a linear and the residual addition: shortcuts join its output."""
 
@@ -399,11 +453,12 @@ def make_adapter(name: str, r: int, in_features: int, out_features: int, seed: i
     lora_A is kaiming_uniform(a = sqrt 5), that is uniform in +-1/sqrt(K), as in LoRA's and PEFT's code. lora_B is 0, or
     drawn in the same way over its own fan-in.
     """
-    generator = torch.Generator().manual_seed(path_seed(seed, name))
+    # On the CPU whatever the default device: the values must not depend on it.
+    generator = torch.Generator("cpu").manual_seed(path_seed(seed, name))
 
     def draw(rows: int, columns: int) -> Tensor:
         bound = 1 / math.sqrt(columns) if columns else 0.0
-        values = torch.empty(rows, columns, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+        values = torch.empty(rows, columns, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
         return values.to(device=device, dtype=dtype)
 
     lora_A = draw(r, in_features)

@@ -1,27 +1,27 @@
-"""Patch a model in place, and undo it: apply, remove, merge, disable.
+"""Patch a model in place, and undo it: apply, remove, disable.
 
-Everything is planned and checked before the first module is touched; a failure after that is rolled back.
+Everything is planned and checked before the first module is touched; a failure after that is undone.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from heterolora_kernels import distributed
 from heterolora_kernels.config import HeteroLoraConfig
-from heterolora_kernels.freezing import StepHooks
 from heterolora_kernels.grouping import GROUPS, LinearGroup
 from heterolora_kernels.instances import check_swappable, is_swapped, restore_class, swap_class
 from heterolora_kernels.layers import (
     PatchedConv1D,
     PatchedLinear,
     PatchedNorm,
+    PatchedQuantised,
     Path,
     PathSet,
     ShortcutPath,
@@ -34,84 +34,38 @@ from heterolora_kernels.peft_format import ADAPTER_NAMES, read_peft
 from heterolora_kernels.planning import (
     PlannedLayer,
     PlannedPath,
+    base_tensor,
     check_heads,
     check_shortcut_layers,
     find_targets,
     is_below,
     is_conv1d,
+    is_quantised_linear,
     plan_layers,
     plan_lora,
     plan_shortcuts,
 )
 from heterolora_kernels.sites import SHORTCUTS, Carrier, LayerState, PatchedLayer, PatchedStack
+from heterolora_kernels.state import STATE_NAME, HeteroLoraState, state_of, unwrap
+from heterolora_kernels.undo import structure_of, undone_on_failure
 
-_STATE = "_heterolora_state"
-
-
-@dataclass
-class HeteroLoraState:
-    """What patching added to a model; lives in the model's ``__dict__``.
-
-    Attributes:
-        paths: ``{name: Path}``, LoRA first, then shortcuts, each in the order of the model's modules.
-        linears: patched linears and norms.
-        layers, stacks: modules whose class was changed for the shortcuts.
-        hooks: ``(module, id of its forward pre-hook)``.
-        requires_grad: flags of the parameters before patching, by name.
-        step_hooks: the optimizer hooks (freezing, ledger, counting).
-        overrides: names of attributes that were put into the model's ``__dict__`` later, and go with the patch.
-    """
-
-    config: HeteroLoraConfig
-    switches: Switches
-    paths: dict[str, Path] = field(default_factory=dict)
-    linears: list[nn.Module] = field(default_factory=list)
-    layers: list[nn.Module] = field(default_factory=list)
-    stacks: list[nn.Module] = field(default_factory=list)
-    hooks: list[tuple[nn.Module, int]] = field(default_factory=list)
-    requires_grad: dict[str, bool] = field(default_factory=dict)
-    step_hooks: StepHooks = field(default_factory=StepHooks)
-    overrides: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._register_hooks()
-
-    def __setstate__(self, state: dict) -> None:
-        # A copy gets hooks of its own: it is trained by optimizers of its own.
-        self.__dict__.update(state)
-        self._register_hooks()
-
-    def _register_hooks(self) -> None:
-        self.step_hooks.register(weakref.ref(self))
-
-    @property
-    def device(self) -> torch.device:
-        """Where numbers about all paths are brought together: the first path's device."""
-        return next(iter(self.paths.values())).lora_A.device
-
-    def write_masks(self) -> None:
-        """Bring the derived tensors of every module in line with the masks."""
-        for module in self.linears:
-            module._heterolora.write_masks()
+#: By which transformers knows a model with adapters; its Trainer refuses to train a quantised model without any.
+_HAS_ADAPTERS = "_hf_peft_config_loaded"
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The patched module inside DDP's and torch.compile's wrappers."""
-    while _STATE not in model.__dict__:
-        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
-        if not isinstance(inner, nn.Module):
-            raise ValueError("model is not patched: call apply_heterolora(model, config) first")
-        model = inner
-    return model
+class _SavesAsBefore:
+    """Holds ``save_pretrained`` of a quantised model that has adapters, for which transformers' own would ask PEFT."""
 
+    def __init__(self, model: nn.Module):
+        self._model = model
 
-def state_of(model: nn.Module) -> HeteroLoraState:
-    """The patched model's state.
-
-    Raises:
-        ValueError: the model is not patched.
-    """
-    return unwrap(model).__dict__[_STATE]
+    def save_pretrained(self, *args, **kwargs):
+        """What it writes of any patched model: the base with the adapters' tensors."""
+        self._model.__dict__[_HAS_ADAPTERS] = False
+        try:
+            return type(self._model).save_pretrained(self._model, *args, **kwargs)
+        finally:
+            self._model.__dict__[_HAS_ADAPTERS] = True
 
 
 class _Patcher:
@@ -140,9 +94,8 @@ class _Patcher:
         """The path set of a module, patching it at the first call."""
         module = self.modules[name]
         if not is_swapped(module):
-            mixin = PatchedConv1D if is_conv1d(module) else PatchedLinear if isinstance(module, nn.Linear) else PatchedNorm
-            switches = self.state.switches
-            packs = None if mixin is PatchedNorm else Packs(switches.packing)
+            mixin, switches = _mixin_of(module), self.state.switches
+            packs = Packs(switches.packing) if mixin in (PatchedLinear, PatchedConv1D) else None
             module._heterolora = PathSet([], switches, float(self.config.lora_dropout), packs=packs)
             self.state.linears.append(module)
             swap_class(module, mixin)
@@ -150,14 +103,14 @@ class _Patcher:
 
     def add_lora(self, plan: PlannedPath) -> None:
         module = self.modules[plan.name]
-        self.add_path(plan, module.weight, module, self.path_set(plan.name))
+        self.add_path(plan, base_tensor(module), module, self.path_set(plan.name))
 
     def add_shortcut(self, layer_state: LayerState, layer: PlannedLayer, plan: PlannedPath, base: str) -> None:
         paths = self.path_set(base)
         paths.layer = layer_state
         holder = ShortcutPath(plan.in_features, plan.out_features, paths)
         linear = layer.module.get_submodule(getattr(layer.site, SHORTCUTS[plan.site][1]))
-        self.add_path(plan, linear.weight, holder, paths)
+        self.add_path(plan, base_tensor(linear), holder, paths)
         layer.module.add_module(plan.site, holder)
 
     def patch_layer(self, module: nn.Module, state: LayerState) -> None:
@@ -239,12 +192,20 @@ class _Patcher:
                 parameter.requires_grad_(is_below(owner, self.config.heads) and parameter.is_floating_point())
 
 
+def _mixin_of(module: nn.Module) -> type:
+    """How the paths of a module are run."""
+    if is_quantised_linear(module):
+        return PatchedQuantised
+    return PatchedConv1D if is_conv1d(module) else PatchedLinear if isinstance(module, nn.Linear) else PatchedNorm
+
+
 def _can_run_as_one(linears: Sequence[nn.Module]) -> bool:
     """Whether linears that read one x have one path of it each, and weights that are alike."""
+    if not all(isinstance(linear, PatchedLinear) for linear in linears):
+        return False
     first = linears[0].weight
-    return all(isinstance(linear, PatchedLinear) and [path.site for path in linear._heterolora.paths] == [None]
-               and linear.weight.shape[1] == first.shape[1] and linear.weight.dtype == first.dtype
-               and linear.weight.device == first.device for linear in linears)
+    return all([path.site for path in linear._heterolora.paths] == [None] and linear.weight.shape[1] == first.shape[1]
+               and linear.weight.dtype == first.dtype and linear.weight.device == first.device for linear in linears)
 
 
 def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
@@ -257,6 +218,9 @@ def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
         model: any module; shortcuts need a layer class of the site table or of ``config.sites``.
         config: see :class:`HeteroLoraConfig`.
 
+    Returns:
+        The model itself.
+
     Raises:
         ValueError, TypeError: names the argument or the module; the model is then as it was.
     """
@@ -267,6 +231,10 @@ def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or hasattr(model, "_orig_mod"):
         raise ValueError(f"model is wrapped ({type(model).__name__}): call apply_heterolora first, then wrap or compile; a "
                          "wrapper made before does not know the adapters")
+    wrapper = distributed.wrapper_of(model)
+    if wrapper is not None:
+        raise ValueError(f"model is already sharded ({wrapper}): call apply_heterolora first, then fully_shard, which would not "
+                         "know adapters that come later; tensor parallelism is not supported")
     if torch.is_inference_mode_enabled():
         raise RuntimeError("apply_heterolora was called under torch.inference_mode: adapters made there can never be trained")
     if any(is_swapped(module) for module in model.modules()):
@@ -303,19 +271,21 @@ def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
 
     flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     state = HeteroLoraState(config, Switches(Ledger({}), packing=PackBudget(config.pack)), requires_grad=flags)
-    model.__dict__[_STATE] = state
-    try:
+    with undone_on_failure(state.step_hooks.remove), undone_on_failure(structure_of(model)):
+        model.__dict__[STATE_NAME] = state
         _Patcher(model, config, state).run(lora, layers, shortcuts)
         state.switches.ledger = Ledger(_ledger_rows(state))
         # Now and not at the first forward, which may be one that torch.compile traces.
         for module in state.linears:
             module._heterolora.refresh()
+        if getattr(model, "is_quantized", False) and not getattr(model, _HAS_ADAPTERS, False):
+            overrides = {_HAS_ADAPTERS: True, "save_pretrained": _SavesAsBefore(model).save_pretrained}
+            model.__dict__.update(overrides)
+            state.overrides.extend(overrides)
+        # The last step: it writes into heads, and undoes that itself.
         if adapter is not None:
             adapter.copy_into(model, state.paths)
-    except BaseException:
-        remove_heterolora(model)
-        raise
-    return model
+        return model
 
 
 def _ledger_rows(state: HeteroLoraState) -> dict[str, int]:
@@ -331,102 +301,68 @@ def _ledger_rows(state: HeteroLoraState) -> dict[str, int]:
 def remove_heterolora(model: nn.Module) -> nn.Module:
     """Give back the model that was patched: types, tensors, flags and hooks; the adapters are dropped.
 
-    Modules of ``modules_to_save`` keep what they learnt: they are the model's own.
-    """
-    model = unwrap(model)
-    state = state_of(model)
-    state.step_hooks.remove()
-    for module, hook_id in state.hooks:
-        module._forward_pre_hooks.pop(hook_id, None)
-        module._forward_pre_hooks_with_kwargs.pop(hook_id, None)
-    for path in state.paths.values():
-        if path.site is not None:
-            layer, _, site = path.name.rpartition(".")
-            model.get_submodule(layer)._modules.pop(site, None)
-    for module in (*state.linears, *state.layers, *state.stacks):
-        for name in ADAPTER_NAMES:
-            module._parameters.pop(name, None)
-            module._buffers.pop(name, None)
-        module.__dict__.pop("_heterolora", None)
-        module.__dict__.pop("_heterolora_carriers", None)
-        if is_swapped(module):
-            restore_class(module)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, flag in state.requires_grad.items():
-        if name in parameters:
-            parameters[name].requires_grad_(flag)
-    for name in state.overrides:
-        model.__dict__.pop(name, None)
-    del model.__dict__[_STATE]
-    return model
-
-
-def merge_heterolora(model: nn.Module, drop_shortcuts: bool = False) -> nn.Module:
-    """Add every active LoRA path to its weight, ``W += s B A`` over the active rows, and remove the patch.
-
     Args:
-        model: a patched model.
-        drop_shortcuts: a shortcut reads another tensor than the linear whose output it joins, so it cannot become part of
-            a weight. True leaves active shortcuts out, which changes the outputs.
+        model: a patched model, wrapped or not. Modules of ``modules_to_save`` keep what they learnt: they are its own. If it
+            fails, the model stays patched.
+
+    Returns:
+        The model inside any wrapper.
 
     Raises:
-        ValueError: shortcuts are active, a weight is shared with another module, or a merged weight would not be finite.
-            The model is then as it was.
-    """
-    for path in check_mergeable(model, drop_shortcuts):
-        with torch.no_grad():
-            path.holder.weight.copy_(merged_weight(path))
-    return remove_heterolora(model)
-
-
-def check_mergeable(model: nn.Module, drop_shortcuts: bool = False) -> list[Path]:
-    """The active LoRA paths, after the checks of :func:`merge_heterolora`.
-
-    Raises:
-        ValueError: as there.
+        ValueError: it is not patched, or it is sharded.
     """
     model = unwrap(model)
     state = state_of(model)
-    active = [path.name for path in state.paths.values() if path.site is not None and any(path.active_rows())]
-    if active and not drop_shortcuts:
-        raise ValueError(f"{len(active)} active shortcuts cannot be merged into weights ({active[0]}, ...); save the adapter, "
-                         "or pass drop_shortcuts=True to leave them out")
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    lora = [path for path in state.paths.values() if path.site is None and any(path.active_rows())]
-    # Everything is checked before anything is written; computing twice is cheaper than a second copy of all weights.
-    for path in lora:
-        names = owners[id(path.holder.weight)]
-        if len(names) > 1:
-            raise ValueError(f"the weight of {path.name!r} is shared ({names}): merging would change all of them")
-        if not bool(torch.isfinite(merged_weight(path)).all()):
-            raise ValueError(f"the merged weight of {path.name!r} is not finite")
-    return lora
+    refuse_sharded(model, "remove_heterolora")
+    with undone_on_failure(state.renew_hooks), undone_on_failure(structure_of(model)):
+        for module, hook_id in state.hooks:
+            module._forward_pre_hooks.pop(hook_id, None)
+            module._forward_pre_hooks_with_kwargs.pop(hook_id, None)
+        for path in state.paths.values():
+            if path.site is not None:
+                layer, _, site = path.name.rpartition(".")
+                model.get_submodule(layer)._modules.pop(site, None)
+        for module in (*state.linears, *state.layers, *state.stacks):
+            for name in ADAPTER_NAMES:
+                module._parameters.pop(name, None)
+                module._buffers.pop(name, None)
+            module.__dict__.pop("_heterolora", None)
+            module.__dict__.pop("_heterolora_carriers", None)
+            if is_swapped(module):
+                restore_class(module)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for name, flag in state.requires_grad.items():
+            if name in parameters:
+                parameters[name].requires_grad_(flag)
+        for name in state.overrides:
+            model.__dict__.pop(name, None)
+        del model.__dict__[STATE_NAME]
+        state.step_hooks.remove()
+        return model
 
 
-@torch.no_grad()
-def merged_weight(path: Path) -> Tensor:
-    """``W + s B A`` over the active rows of a LoRA path, in W's dtype and layout."""
-    weight = path.holder.weight
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    delta = path.scaling * (path.lora_B.to(dtype)[:, path.mask] @ path.lora_A.to(dtype)[path.mask])
-    return (weight.to(dtype) + (delta.t() if is_conv1d(path.holder) else delta)).to(weight.dtype)
+def refuse_sharded(model: nn.Module, what: str) -> None:
+    """Raise ValueError in the name of the function ``what`` if FSDP holds the parameters."""
+    if distributed.wrapper_of(model) is not None:
+        raise ValueError(f"model is sharded, and FSDP cannot let go of parameters: {what} must be called before it is; "
+                         "save_adapter (format='merged' for whole weights) works after it")
 
 
 @torch.no_grad()
 def reset_adapters(model: nn.Module) -> None:
     """Draw every adapter anew as right after patching, in place: ranks stay, so a static search can train from fresh weights.
 
-    Optimizers and heads of ``modules_to_save`` are not touched.
+    Args:
+        model: a patched model. Optimizers and heads of ``modules_to_save`` are not touched.
     """
     state = state_of(model)
+    state.reshard()
     for path in state.paths.values():
         (out_features, r), in_features = path.lora_B.shape, path.lora_A.shape[1]
         fresh = make_adapter(path.name, r, in_features, out_features, state.config.seed, state.config.init_B,
                              path.lora_A.dtype, path.lora_A.device)
-        path.lora_A.copy_(fresh[0])
-        path.lora_B.copy_(fresh[1])
+        distributed.copy_(path.lora_A, fresh[0])
+        distributed.copy_(path.lora_B, fresh[1])
 
 
 @contextmanager
@@ -434,6 +370,9 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     """The base model inside the block, bit for bit (heads of ``modules_to_save`` as they are).
 
     A forward with activation checkpointing must also run its backward inside: what is recomputed outside has the adapters.
+
+    Args:
+        model: a patched model, wrapped or not.
     """
     switches = state_of(model).switches
     before, switches.enabled = switches.enabled, False
@@ -443,9 +382,46 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         switches.enabled = before
 
 
+def reference_model(model: nn.Module) -> nn.Module:
+    """The base model as a module of its own, in eval mode, that shares the frozen weights: ``DPOTrainer(model, ref_model=...)``.
+
+    It costs no memory but for heads of ``modules_to_save``, which are copied as they are now, and buffers. FSDP and DeepSpeed
+    take weights apart, which cannot be shared then.
+
+    Args:
+        model: a patched model, before a trainer has it.
+
+    Returns:
+        The copy.
+
+    Raises:
+        ValueError: the model is not patched, or its forward was replaced in the instance.
+    """
+    model = unwrap(model)
+    try:
+        check_swappable("", model)
+    except ValueError as error:
+        # A closure over the patched model's own forward, which a copy would still call.
+        raise ValueError("model has a forward in the instance, as a trainer puts one there: make the reference model before the "
+                         "trainer") from error
+    heads = state_of(model).config.heads
+    twin = copy.deepcopy(model, {id(parameter): parameter for name, parameter in model.named_parameters(remove_duplicate=False)
+                                 if not is_below(name.rpartition(".")[0], heads)})
+    # The flags of shared parameters are the patched model's.
+    state_of(twin).requires_grad.clear()
+    remove_heterolora(twin)
+    for name, parameter in twin.named_parameters():
+        if is_below(name.rpartition(".")[0], heads):
+            parameter.requires_grad_(False)
+    return twin.eval()
+
+
 @contextmanager
 def collect_statistics(model: nn.Module) -> Iterator[Collector]:
     """Collect the ledger's columns over every backward in the block.
+
+    Args:
+        model: a patched model, wrapped or not.
 
     Yields:
         A reader whose ``table()`` gives ``{path: {column: float32 [r]}}``, the raw sums (a loss scale is not divided out)
@@ -464,6 +440,9 @@ def invalidate(model: nn.Module) -> None:
 
     Needed after a write through ``.data`` to *a part* of a frozen weight, which nothing sees. In-place operations, loading a
     state, moving the model and writes of a whole weight are seen.
+
+    Args:
+        model: a patched model, wrapped or not.
     """
     for module in state_of(model).linears:
         if module._heterolora.packs is not None:
@@ -481,7 +460,11 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Print PEFT's line, and the active parameters after it."""
+    """Print PEFT's line, and after it the active parameters: heads, and the rows of every path that are on.
+
+    Args:
+        model: a patched model, wrapped or not.
+    """
     counts = count_parameters(model)
     print(f"trainable params: {counts['trainable']:,d} || all params: {counts['all']:,d} || "
           f"trainable%: {100 * counts['trainable'] / max(counts['all'], 1):.4f} || active params: {counts['active']:,d}")

@@ -11,8 +11,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 
@@ -20,9 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from heterolora_kernels.config import HeteroLoraConfig
+from heterolora_kernels.distributed import full
 from heterolora_kernels.files import field_of, find_folder, read_json, read_tensors
 from heterolora_kernels.layers import Path
 from heterolora_kernels.planning import is_below, is_conv1d
+from heterolora_kernels.undo import undone_on_failure, values_of
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -151,22 +152,9 @@ class PeftAdapter:
                     raise ValueError(f"{self.weights}: tensor '{name}.{leaf}' has shape {list(tensor.shape)}, and the model "
                                      f"takes {list(target.shape)}")
                 pairs.append((target, tensor))
-        with restored_on_failure(target for target, _ in pairs), torch.no_grad():
+        with undone_on_failure(values_of(target for target, _ in pairs)), torch.no_grad():
             for target, tensor in pairs:
                 target.copy_(tensor)
-
-
-@contextmanager
-def restored_on_failure(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Give the tensors the values back that they had, if the block fails."""
-    before = [(tensor, tensor.detach().clone()) for tensor in tensors]
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for tensor, values in before:
-                tensor.copy_(values)
-        raise
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -421,10 +409,10 @@ def peft_tensors(model: nn.Module, paths: Sequence[Path], heads: Sequence[str]) 
     """
     tensors = {}
     for path in paths:
-        tensors[f"{_PREFIX}{path.name}.lora_A.weight"] = path.lora_A.detach()[path.mask]
-        tensors[f"{_PREFIX}{path.name}.lora_B.weight"] = path.lora_B.detach()[:, path.mask]
+        tensors[f"{_PREFIX}{path.name}.lora_A.weight"] = full(path.lora_A)[path.mask]
+        tensors[f"{_PREFIX}{path.name}.lora_B.weight"] = full(path.lora_B)[:, path.mask]
     modules = _heads(model, heads)
-    saved = {name: tensor for name, tensor in own_tensors(model).items() if _is_in(name, modules)}
+    saved = {name: full(tensor) for name, tensor in own_tensors(model).items() if _is_in(name, modules)}
     check_unshared(model, saved)
     return {**tensors, **{f"{_PREFIX}{name}": tensor for name, tensor in saved.items()}}
 

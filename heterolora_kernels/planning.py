@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from heterolora_kernels.config import HeteroLoraConfig, Site
 from heterolora_kernels.sites import SHORTCUTS, SITES, site_of, why_refused
@@ -34,6 +35,39 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
+#: Of packed weights; bool, which masks have, and int64, which indices have, are not among them.
+_PACKED_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32)
+
+
+def is_quantised(tensor: Tensor) -> bool:
+    """Whether a tensor holds packed or 8-bit numbers, or is of a class of its own that stands for such."""
+    if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer, nn.parameter.UninitializedParameter):
+        # By name: importing torch.distributed.tensor takes half a second.
+        return type(tensor).__name__ != "DTensor"
+    return tensor.dtype in _PACKED_DTYPES or tensor.is_floating_point() and tensor.dtype.itemsize < 2
+
+
+def is_quantised_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear that computes its output itself, from quantised weights.
+
+    bitsandbytes, torchao, optimum-quanto, HQQ, GPTQ, AWQ and the like: ``in_features``, ``out_features``, nothing inside.
+    """
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    if module._modules or not all(isinstance(size, int) for size in sizes):
+        return False
+    weight = module._parameters.get("weight")
+    tensors = (*module._parameters.values(), *module._buffers.values()) if weight is None else (weight,)
+    return any(is_quantised(tensor) for tensor in tensors if tensor is not None)
+
+
+def base_tensor(module: nn.Module) -> Tensor | None:
+    """A tensor of the module that says where, and in which dtype, its adapter belongs: its weight, or the first it has."""
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor):
+        return weight
+    return next((t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None), None)
+
+
 #: Modules that hand the weights of their linears to one torch op instead of calling them.
 _BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
@@ -42,21 +76,30 @@ def _why_no_base(name: str, module: nn.Module, parent: nn.Module) -> str | None:
     """Why a module cannot be the base of paths, or None."""
     if isinstance(parent, _BYPASSING):
         return f"nn.{type(parent).__name__} reads its weight (at least in eval mode) and does not call it as a module"
-    if is_conv1d(module):
+    if getattr(getattr(base_tensor(module), "quant_state", None), "packing_format_for_cpu", False):
+        return ("bitsandbytes has packed its weight for inference on the CPU, in a forward without gradients in eval mode, and "
+                "it has no backward any more: load the model anew")
+    if is_conv1d(module) or is_quantised_linear(module):
         return None
     if isinstance(module, nn.Linear) and "weight" not in module._parameters:
         return "its weight is computed from other parameters (weight_norm, a parametrization)"
     if not isinstance(module, nn.Linear):
-        return f"it is a {type(module).__name__}, and only nn.Linear and GPT-2's Conv1D can be adapted"
+        return f"it is a {type(module).__name__}, and only nn.Linear, quantised linears and GPT-2's Conv1D can be adapted"
     if type(module).forward is not nn.Linear.forward:
-        return f"its class {type(module).__name__} computes something else than nn.Linear (a quantised base?)"
+        return f"its class {type(module).__name__} computes something else than nn.Linear"
     if isinstance(module.weight, nn.parameter.UninitializedParameter):
         return "it is a LazyLinear that has not seen an input yet"
     return None
 
 
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_conv1d(module) or is_quantised_linear(module)
+
+
 def _features(module: nn.Module) -> tuple[int, int]:
     """(in_features, out_features)."""
+    if is_quantised_linear(module):
+        return module.in_features, module.out_features
     out_features, in_features = module.weight.shape
     return (out_features, in_features) if is_conv1d(module) else (in_features, out_features)
 
@@ -89,8 +132,7 @@ def find_targets(model: nn.Module, config: HeteroLoraConfig) -> dict[str, nn.Mod
             continue
         parent = modules[name.rpartition(".")[0]]
         if everything:
-            wanted = (isinstance(module, nn.Linear) or is_conv1d(module)) and id(module) not in head \
-                and not is_below(name, config.heads)
+            wanted = _is_linear(module) and id(module) not in head and not is_below(name, config.heads)
         else:
             wanted = _matches(name, config.target_modules)
         if not wanted:
@@ -113,7 +155,7 @@ def find_targets(model: nn.Module, config: HeteroLoraConfig) -> dict[str, nn.Mod
     if everything:
         _warn_about_experts(modules)
     if not targets:
-        names = sorted({name.rpartition('.')[2] for name, m in modules.items() if isinstance(m, nn.Linear) or is_conv1d(m)})
+        names = sorted({name.rpartition('.')[2] for name, module in modules.items() if _is_linear(module)})
         raise ValueError(f"target_modules {config.target_modules!r} matches no linear of the model"
                          f"{' that exclude_modules leaves' if len(config.exclude_modules) else ''}; the model's linears are "
                          f"called {names}")

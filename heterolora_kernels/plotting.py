@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from heterolora_kernels._env import how_to_install
 from heterolora_kernels.config import SHORTCUT_SITES
 from heterolora_kernels.history import turn_on_frequency
 from heterolora_kernels.names import split_path
@@ -178,7 +179,7 @@ def _figure(width: float, height: float, **options) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(f"pictures need the extra 'plot' (pip install 'heterolora-kernels[plot]'): {error}") from error
+        raise ImportError(f"pictures need the extra 'plot' ({how_to_install('plot')}): {error}") from error
     return Figure(figsize=(width, height), dpi=_DPI, **options)
 
 

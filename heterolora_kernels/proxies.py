@@ -45,7 +45,15 @@ _proxies: dict[str, Proxy] = {}
 
 
 def register_proxy(name: str, **attributes):
-    """Register ``formula(columns) -> scores`` as a proxy; ``attributes`` are those of :class:`Proxy`."""
+    """Register ``formula(columns) -> scores`` as a proxy.
+
+    Args:
+        name: what ``config.proxy`` will say.
+        attributes: those of :class:`Proxy`.
+
+    Returns:
+        A decorator, which gives back the formula.
+    """
     def register(formula):
         _proxies[name] = Proxy(name, formula, **attributes)
         return formula
@@ -53,7 +61,11 @@ def register_proxy(name: str, **attributes):
 
 
 def available_proxies() -> list[str]:
-    """Names that ``config.proxy`` can take."""
+    """Registered proxies.
+
+    Returns:
+        Names that ``config.proxy`` can take, sorted.
+    """
     return sorted(_proxies)
 
 

@@ -13,6 +13,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 
@@ -23,20 +24,15 @@ from heterolora_kernels import distributed, files, peft_format
 from heterolora_kernels._version import __version__
 from heterolora_kernels.config import HeteroLoraConfig
 from heterolora_kernels.files import field_of
-from heterolora_kernels.layers import Path
-from heterolora_kernels.patching import (
-    HeteroLoraState,
-    apply_heterolora,
-    check_mergeable,
-    merged_weight,
-    remove_heterolora,
-    state_of,
-    unwrap,
-)
+from heterolora_kernels.layers import PatchedQuantised, Path
+from heterolora_kernels.merging import check_mergeable, merged_weight
+from heterolora_kernels.patching import apply_heterolora
 from heterolora_kernels.peft_format import ADAPTER_NAMES, PeftAdapter, heads_to_save, open_paths, own_tensors
 from heterolora_kernels.planning import is_below
 from heterolora_kernels.scoring import untouched
 from heterolora_kernels.search import RankSearch
+from heterolora_kernels.state import HeteroLoraState, is_patched, state_of, unwrap
+from heterolora_kernels.undo import structure_of, undone_on_failure, values_of
 
 NATIVE_NAME = "heterolora.json"
 
@@ -51,14 +47,11 @@ _UNMEASURED = "what this does to the outputs was not measured; give batches= to 
 Writer = Callable[[FilePath], None]
 
 
-# ---- saving ----
-
-
 def save_adapter(model: nn.Module, directory: str | os.PathLike, format: str = "native", *, search: RankSearch | None = None,
                  drop_shortcuts: bool = False, drop_heads: bool = False, batches: Iterable[Mapping] | None = None) -> None:
     """Write the adapters of a patched model into a folder, which is replaced as a whole; other files in it stay.
 
-    Of a distributed job only the first process writes.
+    Of a distributed job only the first process writes; where the model is sharded (FSDP2) every process must call.
 
     Args:
         model: a patched model, wrapped or not; unchanged.
@@ -91,12 +84,15 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, format: str = "
                          "drop_shortcuts=True to leave them out")
     if not open_paths(state.paths.values()) and (format != "native" or not shortcuts):
         raise ValueError(f"no {'LoRA ' if shortcuts else ''}path is active: there is no adapter to save")
-    if distributed.world_size() > 1 and torch.distributed.get_rank() != 0:
+    if not distributed.is_first() and distributed.wrapper_of(model) is None:
         return
-    _warn_if_unused(state)
+    state.step_hooks.warn_if_undriven(state.config.search)
+    state.reshard()
     write = _FORMATS[format](model, state, search=search, drop_heads=drop_heads)
     if shortcuts and format != "native":
         warnings.warn(f"left out {len(shortcuts)} shortcuts: {_effect(model, state, batches)}", stacklevel=2)
+    if not distributed.is_first():
+        return
     with files.replaced_folder(directory, lambda name: format == "merged" and _MERGED.fullmatch(name) is not None) as folder:
         write(folder)
 
@@ -124,21 +120,13 @@ def peft_config(model: nn.Module) -> dict:
     return peft_format.describe(model, paths, state.config.lora_dropout, heads_to_save(model, state.config, paths))
 
 
-def _warn_if_unused(state: HeteroLoraState) -> None:
-    hooks = state.step_hooks
-    if state.config.search != "off" and hooks.steps > 0 and not hooks.driven:
-        missed = "step" if state.config.search == "dynamic" else "start"
-        warnings.warn(f"{hooks.steps} optimizer steps were taken and search.{missed}() was never called: no rank was chosen. "
-                      f"Use HeteroLoraCallback with the HF Trainer, call RankSearch.{missed}(), or set search='off'",
-                      stacklevel=3)
-
-
 def _native(model: nn.Module, state: HeteroLoraState, *, search: RankSearch | None = None,
             weights_name: str = "adapter.safetensors", drop_heads: bool = False) -> Writer:
     if search is not None:
         _check_search(state, search)
-    heads = _head_tensors(model, state)
-    tensors = {f"{path.name}.{leaf}": getattr(path.holder, leaf) for path in state.paths.values() for leaf in ADAPTER_NAMES}
+    heads = {name: distributed.full(value) for name, value in _head_tensors(model, state).items()}
+    tensors = {f"{path.name}.{leaf}": distributed.full(getattr(path.holder, leaf))
+               for path in state.paths.values() for leaf in ADAPTER_NAMES}
     content = {
         "format": _FORMAT, "format_version": _VERSION, "package_version": __version__,
         "config": {**state.config.to_dict(), "init_from": None},
@@ -181,15 +169,15 @@ def _name_of(dtype: torch.dtype) -> str:
 
 
 def _base_weights(model: nn.Module, state: HeteroLoraState) -> dict[str, Tensor]:
-    """The frozen weights of the patched modules."""
+    """The frozen weights of the patched modules; quantised ones hold other numbers than the base that they were made from."""
     patched = {id(module) for module in state.linears}
     return {name: module.weight for name, module in model.named_modules()
             if id(module) in patched and isinstance(getattr(module, "weight", None), Tensor) and not module.weight.is_meta
-            and not is_below(name, state.config.heads)}
+            and not isinstance(module, PatchedQuantised) and not is_below(name, state.config.heads)}
 
 
 def _sample(weight: Tensor) -> dict:
-    flat = weight.detach().reshape(-1)
+    flat = distributed.full(weight).reshape(-1)
     values = flat[::max(1, flat.numel() // _SAMPLES)][:_SAMPLES].to("cpu", torch.float64)
     return {"dtype": _name_of(weight.dtype), "values": files.encode(values.tolist())}
 
@@ -220,7 +208,7 @@ def _peft_writer(config: dict, tensors: Mapping[str, Tensor]) -> Writer:
 
 def _merged(model: nn.Module, state: HeteroLoraState, **_) -> Writer:
     merged = {f"{path.name}.weight": merged_weight(path) for path in check_mergeable(model, drop_shortcuts=True)}
-    weights = {**own_tensors(model), **merged}
+    weights = {name: merged[name] if name in merged else distributed.full(value) for name, value in own_tensors(model).items()}
 
     def write(folder: FilePath) -> None:
         save = getattr(model, "save_pretrained", None)
@@ -239,9 +227,6 @@ def _merged(model: nn.Module, state: HeteroLoraState, **_) -> Writer:
 
 #: ``{format: function of a model and its state that checks, and returns what writes}``.
 _FORMATS: dict[str, Callable[..., Writer]] = {"native": _native, "peft": _peft, "vllm": _vllm, "merged": _merged}
-
-
-# ---- what leaving the shortcuts out does ----
 
 
 def _effect(model: nn.Module, state: HeteroLoraState, batches: Iterable[Mapping] | None) -> str:
@@ -266,7 +251,7 @@ def _random_batches(model: nn.Module) -> list[dict[str, Tensor]]:
     length = min(32, getattr(config, "max_position_embeddings", None) or 32)
     generator = torch.Generator().manual_seed(0)
     # One sequence a batch: a classifier without a padding token takes no more.
-    return [{"input_ids": torch.randint(size, (1, length), generator=generator)} for _ in range(4)]
+    return [{"input_ids": torch.randint(size, (1, length), generator=generator, device="cpu")} for _ in range(4)]
 
 
 @torch.no_grad()
@@ -298,7 +283,7 @@ def _open_gates(state: HeteroLoraState, with_shortcuts: bool) -> None:
     for module in state.linears:
         paths = module._heterolora
         rows = [on and (with_shortcuts or path.site is None) for path in paths.paths for on in path.active_rows()]
-        paths.derived.gate.copy_(torch.tensor(rows))
+        paths.derived.gate.copy_(torch.tensor(rows, device="cpu"))
 
 
 def _outputs(result) -> Tensor:
@@ -311,9 +296,6 @@ def _outputs(result) -> Tensor:
     if not found:
         raise ValueError(f"batches: the model's outputs ({type(result).__name__}) hold no tensor to compare")
     return found.get("logits", next(iter(found.values())))
-
-
-# ---- loading ----
 
 
 @dataclass
@@ -337,6 +319,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, search: Rank
     heads and dropout, and ``search="off"``. The paths of a patched one must be those of the folder; they are overwritten.
 
     Args:
+        model: the base model, or a patched one.
         directory: a folder with ``heterolora.json``, or else with ``adapter_config.json``.
         search: goes on where the saved one was; needs a patched model.
         check_base: hold the base's weights to be those that the adapter was saved with (native).
@@ -347,43 +330,53 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, search: Rank
     Raises:
         FileNotFoundError, ValueError: name the file and the field, or what does not fit. The model is then as it was.
     """
-    folder = files.find_folder(directory)
-    is_native = (folder / NATIVE_NAME).exists()
-    if not is_native and not (folder / peft_format.CONFIG_NAME).exists():
-        raise FileNotFoundError(f"directory: {folder} has neither {NATIVE_NAME} nor {peft_format.CONFIG_NAME}")
-    is_patched = _is_patched(model)
-    if search is not None and not is_patched:
+    patched = is_patched(model)
+    if search is not None and not patched:
         raise ValueError("search belongs to another model, for this one is not patched: load first, then build it")
     if search is not None:
         _check_search(state_of(model), search)
-    if is_native:
-        saved = _read_native(folder)
-    else:
-        adapter = peft_format.read_peft(folder)
-        if not is_patched:
-            return apply_heterolora(model, HeteroLoraConfig(
-                r=adapter.config["r"], lora_alpha=adapter.config["lora_alpha"], use_rslora=adapter.is_rslora,
-                lora_dropout=adapter.dropout, modules_to_save=(), search="off", init_from=folder))
-        saved = _from_peft(adapter, unwrap(model))
+    # Loading into shards is a collective: all processes have read the files, or none begins.
+    together = patched and distributed.wrapper_of(model) is not None
+    saved = _read(directory, model if patched else None) if not together else distributed.on_every_process(
+        lambda: _read(directory, model), state_of(model).device, "the adapter was not read on another process; none was loaded")
+    if isinstance(saved, PeftAdapter):
+        return apply_heterolora(model, HeteroLoraConfig(
+            r=saved.config["r"], lora_alpha=saved.config["lora_alpha"], use_rslora=saved.is_rslora, lora_dropout=saved.dropout,
+            modules_to_save=(), search="off", init_from=files.find_folder(directory)))
     if search is not None and saved.search is None:
         raise ValueError(f"search: {saved.file} holds no state of a search")
-    if is_patched:
+    if patched:
         _load(model, saved, search, check_base)
         return model
-    try:
-        apply_heterolora(model, saved.config)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{saved.file}: field 'config' does not fit the model: {error}") from error
-    try:
-        _load(model, saved, None, check_base)
-    except BaseException:
-        remove_heterolora(model)
-        raise
-    return model
+    with undone_on_failure(structure_of(model)):
+        try:
+            apply_heterolora(model, saved.config)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{saved.file}: field 'config' does not fit the model: {error}") from error
+        with undone_on_failure(state_of(model).step_hooks.remove):
+            _load(model, saved, None, check_base)
+            return model
+
+
+def _read(directory: str | os.PathLike, model: nn.Module | None) -> _Saved | PeftAdapter:
+    """What a folder holds; a PEFT adapter in the native format's terms where there is a patched ``model``."""
+    folder = files.find_folder(directory)
+    if (folder / NATIVE_NAME).exists():
+        return _read_native(folder)
+    if not (folder / peft_format.CONFIG_NAME).exists():
+        raise FileNotFoundError(f"directory: {folder} has neither {NATIVE_NAME} nor {peft_format.CONFIG_NAME}")
+    adapter = peft_format.read_peft(folder)
+    return adapter if model is None else _from_peft(adapter, unwrap(model))
 
 
 def load_search_state(directory: str | os.PathLike) -> dict:
-    """The state for ``search.load_state_dict``, of a folder in the native format.
+    """The state of the search that :func:`save_adapter` was given.
+
+    Args:
+        directory: a folder in the native format.
+
+    Returns:
+        What :meth:`RankSearch.load_state_dict <heterolora_kernels.RankSearch.load_state_dict>` takes.
 
     Raises:
         FileNotFoundError, ValueError: name the file and the field.
@@ -395,14 +388,6 @@ def load_search_state(directory: str | os.PathLike) -> dict:
     return state
 
 
-def _is_patched(model: nn.Module) -> bool:
-    try:
-        unwrap(model)
-    except ValueError:
-        return False
-    return True
-
-
 def _from_peft(adapter: PeftAdapter, model: nn.Module) -> _Saved:
     adapter.check_others(model)
     peft_format.check_unshared(model, adapter.heads)
@@ -410,7 +395,7 @@ def _from_peft(adapter: PeftAdapter, model: nn.Module) -> _Saved:
     for name, module in adapter.modules.items():
         paths[name] = {"site": None, "r": module.r, "scaling": module.scaling, "in_features": module.lora_A.shape[1],
                        "out_features": module.lora_B.shape[0]}
-        rows = torch.ones(module.r, dtype=torch.bool)
+        rows = torch.ones(module.r, dtype=torch.bool, device="cpu")
         tensors.update(zip((f"{name}.{leaf}" for leaf in ADAPTER_NAMES), (module.lora_A, module.lora_B, rows)))
     return _Saved(adapter.weights, paths, tensors, set(adapter.heads))
 
@@ -463,7 +448,7 @@ def _read_sample(entry: object, where: str) -> tuple[torch.dtype, Tensor]:
     values = files.decode(field_of(entry, "values", list, where), f"{where}: field 'values'")
     if not isinstance(dtype, torch.dtype) or not all(isinstance(value, float) for value in values):
         raise ValueError(f"{where}: fields 'dtype' and 'values' must be a torch dtype and floats")
-    return dtype, torch.tensor(values, dtype=torch.float64)
+    return dtype, torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], paths: Mapping[str, dict], heads: Mapping[str, list], file: FilePath,
@@ -503,7 +488,8 @@ def _misfits(state: HeteroLoraState, saved: _Saved, own: Mapping[str, Tensor]) -
 
 def _check_base(model: nn.Module, state: HeteroLoraState, saved: _Saved) -> None:
     weights = _base_weights(model, state)
-    for name in weights.keys() & saved.base.keys():
+    # In one order on every process: a sharded weight is gathered.
+    for name in (name for name in weights if name in saved.base):
         (dtype, values), weight = saved.base[name], weights[name]
         _, found = _read_sample(_sample(weight), name)
         kinds = () if weight.dtype == dtype else (torch.finfo(weight.dtype), torch.finfo(dtype))
@@ -518,6 +504,7 @@ def _check_base(model: nn.Module, state: HeteroLoraState, saved: _Saved) -> None
 def _load(model: nn.Module, saved: _Saved, search: RankSearch | None, check_base: bool) -> None:
     """Check everything, then write into a patched model; as before if anything fails."""
     state, model = state_of(model), unwrap(model)
+    state.reshard()
     targets = _head_tensors(model, state)
     misfits = _misfits(state, saved, targets)
     if misfits:
@@ -527,19 +514,17 @@ def _load(model: nn.Module, saved: _Saved, search: RankSearch | None, check_base
         _check_base(model, state, saved)
     for name, path in state.paths.items():
         targets.update((f"{name}.{leaf}", getattr(path.holder, leaf)) for leaf in ADAPTER_NAMES)
-    kept = None if search is None else search.state_dict()
-    try:
-        with peft_format.restored_on_failure(targets.values()), torch.no_grad():
+    with ExitStack() as stack:
+        if search is not None:
+            stack.enter_context(undone_on_failure(search.undo_point()))
+        stack.enter_context(undone_on_failure(state.write_masks))
+        stack.enter_context(undone_on_failure(values_of(targets.values())))
+        with torch.no_grad():
             for name, target in targets.items():
-                target.copy_(saved.tensors[name])
-            state.write_masks()
-            if search is not None:
-                _resume(search, saved)
-    except BaseException:
+                distributed.copy_(target, saved.tensors[name])
         state.write_masks()
         if search is not None:
-            search.load_state_dict(kept)
-        raise
+            _resume(search, saved)
 
 
 def _resume(search: RankSearch, saved: _Saved) -> None:

@@ -7,17 +7,16 @@ import dataclasses
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping
-from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
 from heterolora_kernels import alpha_test, distributed, synflow  # noqa: F401  (the two proxies register themselves)
-from heterolora_kernels.allocation import allocate, get_allocator
+from heterolora_kernels.allocation import allocate, averaged, get_allocator, steadied
 from heterolora_kernels.freezing import check_elementwise
+from heterolora_kernels.history import describe_ranks
 from heterolora_kernels.names import split_path
 from heterolora_kernels.ops.ledger import NUM_COLUMNS, Collector
-from heterolora_kernels.patching import state_of, unwrap
 from heterolora_kernels.proxies import PathSize, Proxy, get_proxy, normalized, scores_of
 from heterolora_kernels.scoring import (
     LossFunction,
@@ -29,6 +28,8 @@ from heterolora_kernels.scoring import (
     probe_loader,
     probe_rows,
 )
+from heterolora_kernels.state import state_of, unwrap
+from heterolora_kernels.undo import Undo, undone_on_failure
 
 #: Batches of a probe: T of the published runs (arXiv 2406.14956).
 PROBE_BATCHES = 32
@@ -42,12 +43,14 @@ class RankSearch:
     puts every path on at full rank.
 
     Args:
-        model: a patched model, wrapped or not.
+        model: a patched model, alone, in DistributedDataParallel or sharded by FSDP2 (``fully_shard``).
         optimizer: checked to hold the adapters; the search works without it.
         dataloader: batches for ``score="probe"``. A shuffling DataLoader is read through an own unshuffled twin, so that
             the head of the training set is scored.
         steps_per_epoch: optimizer steps of one epoch, for a float ``interval``.
-        scaler: a GradScaler whose scale is divided out of the statistics of training steps.
+        scaler: a GradScaler whose scale is divided out of the statistics of training steps; default: the one of an optimizer
+            that accelerate prepared. Such an optimizer also tells when gradients are being accumulated: :meth:`step` may be
+            called wherever its step is.
         loss_fn: ``loss_fn(model, batch) -> scalar``; default ``model(**batch).loss``.
         metric, eval_batches, greater_is_better, tolerance: what the proxy ``alpha_test`` measures, see
             :class:`heterolora_kernels.scoring.Measures`.
@@ -68,6 +71,10 @@ class RankSearch:
                  greater_is_better: bool | None = None, tolerance: float = 0.01):
         self._model = model
         self._state = state_of(model)
+        if distributed.check_wrapped(model, list(self._state.paths.values())):
+            distributed.reshard(model)
+            # A pack would be a copy of the whole weight on every process, and the gathered weight is another one each time.
+            self._state.switches.packing.mode = "off"
         self.config = self._state.config
         self._proxy = get_proxy(self.config.proxy)
         self._per_rank = get_allocator(self.config.ranks).per_rank
@@ -91,19 +98,21 @@ class RankSearch:
                                   eval_batches)
         self._dataloader = dataloader
         self._steps_per_epoch = steps_per_epoch
-        self._scaler = scaler
+        self._scaler = getattr(optimizer, "scaler", None) if scaler is None else scaler
+        self._accumulation = getattr(optimizer, "gradient_state", None)
         self.paths: list[str] = list(self._state.paths)
         self.history: list[dict] = []
         self._generator = torch.Generator().manual_seed(self.config.seed)
         # Of a path, or of each of its rows where rows are ranked.
         self._times_on = {name: [0] * (self._state.paths[name].r if self._per_rank else 1) for name in self._eligible()}
-        self._average: dict[str, list[float]] = {}
+        self._average: dict[str, float | list[float]] = {}
         self._covered = False
         self._started = False
         self._steps = 0
         self._last = 0
         self._reallocations = 0
         self._window: Collector | None = None
+        self._forget_window: weakref.finalize | None = None
         self._warned: set[str] = set()
         self.apply({path.name: path.r for path in self._state.paths.values()})
         self._state.step_hooks.observers.add(self)
@@ -113,7 +122,13 @@ class RankSearch:
     @property
     def ranks(self) -> dict[str, int]:
         """``{path: active rows}``."""
-        return {name: sum(path.active_rows()) for name, path in self._state.paths.items()}
+        return {name: sum(rows) for name, rows in self._state.rows().items()}
+
+    @property
+    def runs_losses(self) -> bool:
+        """Whether reallocations differentiate ``loss_fn`` on batches of the dataloader."""
+        return (self.config.search != "off" and self._score_of(self._proxy) == "probe" and self._proxy.needs_data
+                and not self._proxy.own_pass)
 
     def start(self) -> None:
         """Make the first allocation; a second call does nothing.
@@ -128,37 +143,45 @@ class RankSearch:
             self._interval_steps()
         if self.config.search != "off" and self._score_of(self._proxy) == "probe" and self._proxy.needs_data:
             self._probe_loader()
-        if self.config.search != "off" and (self._warming() or self._score_of(self._proxy) == "probe"):
-            self._reallocate()
-        self._started = True
-        # A static search is done; a dynamic one is driven by step().
-        self._state.step_hooks.driven = self._state.step_hooks.driven or self.config.search == "static"
-        self._update_window()
+        with undone_on_failure(self.undo_point()):
+            if self.config.search != "off" and (self._warming() or self._score_of(self._proxy) == "probe"):
+                self._reallocate()
+            self._started = True
+            # A static search is done; a dynamic one is driven by step().
+            self._state.step_hooks.driven = self._state.step_hooks.driven or self.config.search == "static"
+            self._update_window()
 
     def step(self) -> bool:
         """Count one optimizer step, and reallocate if it is due.
 
+        If it fails, nothing has been counted and no rank has changed: it may be called again.
+
         Returns:
             Whether ranks were chosen in this call.
         """
-        self._state.step_hooks.driven = True
-        if self._window is not None:
-            # What no optimizer hook has committed belongs to a step that was skipped.
-            self._window.discard()
-        fresh = not self._started
-        self.start()
-        self._steps += 1
-        done = False
-        if self.config.search == "dynamic" and self._steps - self._last >= self._interval_steps():
-            if self._warming() or not self._needs_window() or self._window_steps() > 0:
-                self._reallocate()
-                done = True
-            elif not fresh:
-                self._warn("empty_window",
-                           "a reallocation is due, but the statistics of all optimizer steps in its window were not finite or "
-                           "the steps were skipped: it is put off until there are some")
-        self._update_window()
-        return done
+        with undone_on_failure(self.undo_point()):
+            self._state.step_hooks.driven = True
+            if self._accumulation is not None and not self._accumulation.sync_gradients:
+                # accelerate's optimizer did nothing either: the statistics so far belong to a step that is still to come.
+                return False
+            if self._window is not None:
+                # What no optimizer hook has committed belongs to a step that was skipped.
+                self._window.discard()
+                self._hand_over()
+            fresh = not self._started
+            self.start()
+            self._steps += 1
+            done = False
+            if self.config.search == "dynamic" and self._steps - self._last >= self._interval_steps():
+                if self._warming() or not self._needs_window() or self._window_steps() > 0:
+                    self._reallocate()
+                    done = True
+                elif not fresh:
+                    self._warn("empty_window",
+                               "a reallocation is due, but the statistics of all optimizer steps in its window were not finite "
+                               "or the steps were skipped: it is put off until there are some")
+            self._update_window()
+            return done
 
     # ---- the three steps of a reallocation ----
 
@@ -187,7 +210,15 @@ class RankSearch:
     def allocate(self, scores: Mapping[str, float | list[float]]) -> dict[str, int | list[bool]]:
         """Share the config's budget out by these scores; one draw from the search's generator.
 
-        Graded ranks take a score per row (``score(per_rank=True)``) and give row masks.
+        Args:
+            scores: ``{path: score}`` of every path; for graded ranks ``{path: [score of each row]}``, as
+                ``score(per_rank=True)`` gives them.
+
+        Returns:
+            ``{path: rank}``, for graded ranks ``{path: [whether each row is on]}``: what :meth:`apply` takes.
+
+        Raises:
+            ValueError: a path has no score, a score is not finite, or the budget selects nothing.
         """
         paths = self._state.paths
         missing = [name for name in paths if name not in scores]
@@ -212,12 +243,19 @@ class RankSearch:
         Raises:
             ValueError: an unknown path, or a rank outside 0 ... r. Nothing is changed then.
         """
-        self._write(self._masks_of(ranks))
+        masks = self._state.masks_of(ranks)
+        with undone_on_failure(self.undo_point()):
+            self._write(masks)
 
     # ---- state ----
 
     def state_dict(self) -> dict:
-        """Everything a resumed run needs to allocate as the unbroken one: counters, generator, history, window, ranks."""
+        """Everything a resumed run needs to allocate as the unbroken one.
+
+        Returns:
+            Counters, generator, history, window and ranks: numbers, strings, lists and CPU tensors. Of several processes the
+            first one's is to be saved, and loaded by all.
+        """
         window = None if self._window is None else {"committed": self._window.committed.cpu().clone(),
                                                     "steps": self._window.steps}
         return {
@@ -226,11 +264,14 @@ class RankSearch:
             "average": copy.deepcopy(self._average), "reset": self._state.step_hooks.pending_resets(),
             "generator": self._generator.get_state(),
             "history": copy.deepcopy(self.history), "window": window, "warned": sorted(self._warned),
-            "masks": {name: list(path.active_rows()) for name, path in self._state.paths.items()},
+            "masks": {name: list(rows) for name, rows in self._state.rows().items()},
         }
 
     def load_state_dict(self, state: Mapping) -> None:
         """Go on where :meth:`state_dict` was taken; the ranks come along.
+
+        Args:
+            state: from there.
 
         Raises:
             ValueError: the state belongs to other paths or to another version.
@@ -245,7 +286,11 @@ class RankSearch:
         if set(state["masks"]) != set(self.paths):
             odd = sorted(set(state["masks"]) ^ set(self.paths))
             raise ValueError(f"state belongs to a model with other paths: {odd[0]!r} and {len(odd) - 1} others differ")
-        self.apply({name: torch.tensor(mask, dtype=torch.bool) for name, mask in state["masks"].items()})
+        with undone_on_failure(self.undo_point()):
+            self._load(state)
+
+    def _load(self, state: Mapping) -> None:
+        self.apply({name: torch.tensor(mask, dtype=torch.bool, device="cpu") for name, mask in state["masks"].items()})
         self._started, self._steps, self._last = state["started"], state["steps"], state["last"]
         self._reallocations, self._times_on = state["reallocations"], copy.deepcopy(dict(state["times_on"]))
         self._average = copy.deepcopy(dict(state["average"]))
@@ -257,13 +302,18 @@ class RankSearch:
         self._close_window()
         self._update_window()
         if self._window is not None and state["window"] is not None:
-            self._window.committed.copy_(state["window"]["committed"])
+            if distributed.is_first():
+                self._window.committed.copy_(state["window"]["committed"])
             self._window.steps = state["window"]["steps"]
 
     # ---- called by the optimizer's hooks ----
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Commit the statistics of the step that is being taken, unscaled."""
+        """Commit the statistics of the step that is being taken, unscaled.
+
+        Args:
+            optimizer: whose step it is.
+        """
         if self._window is None:
             return
         found_inf = getattr(optimizer, "found_inf", None)
@@ -275,28 +325,34 @@ class RankSearch:
 
     # ---- inside ----
 
-    def _masks_of(self, ranks: Mapping[str, int | Tensor | Iterable[bool]]) -> dict[str, Tensor]:
-        """The bool masks that ``ranks`` means, checked."""
-        masks: dict[str, Tensor] = {}
-        for name, value in ranks.items():
-            if name not in self._state.paths:
-                raise ValueError(f"ranks: there is no path {name!r}")
-            path = self._state.paths[name]
-            if isinstance(value, Integral) and not isinstance(value, bool):
-                if not 0 <= value <= path.r:
-                    raise ValueError(f"ranks[{name!r}] must be in 0 ... {path.r}, got {value}")
-                masks[name] = torch.arange(path.r) < int(value)
-            else:
-                mask = torch.as_tensor(value)
-                if mask.dtype != torch.bool or tuple(mask.shape) != (path.r,):
-                    raise ValueError(f"ranks[{name!r}] must be an int or a bool mask of shape [{path.r}], "
-                                     f"got {mask.dtype} of shape {list(mask.shape)}")
-                masks[name] = mask
-        return masks
+    def undo_point(self) -> Undo:
+        """A way back to now.
+
+        Returns:
+            A function that undoes whatever :meth:`apply`, :meth:`start` and :meth:`step` have changed since.
+        """
+        self._check_patched()
+        state, hooks = self._state, self._state.step_hooks
+        kept, reported, driven, resets = dict(self.__dict__), len(self.history), hooks.driven, hooks.pending_resets()
+        rows, generator, ledger = self._state.rows(), self._generator.get_state(), state.switches.ledger.undo_point()
+
+        @torch.no_grad()
+        def undo() -> None:
+            ledger()
+            self._hold(kept["_window"])
+            self.__dict__.update({**kept, "_forget_window": self._forget_window})
+            del self.history[reported:]
+            self._generator.set_state(generator)
+            hooks.driven = driven
+            hooks.set_pending_resets(resets)
+            for name, before in rows.items():
+                if state.paths[name].active_rows() != before:
+                    state.paths[name].mask.copy_(torch.tensor(before, device="cpu"))
+            state.write_masks()
+        return undo
 
     @torch.no_grad()
     def _write(self, masks: Mapping[str, Tensor]) -> None:
-        self._check_patched()
         for name, mask in masks.items():
             path = self._state.paths[name]
             before = path.active_rows()
@@ -347,18 +403,30 @@ class RankSearch:
             length = min(self.config.num_batches or _WINDOW_STEPS, self._interval_steps())
             wanted = self._last + self._interval_steps() - self._steps <= length
         if wanted and self._window is None:
-            ledger = self._state.switches.ledger
-            self._window = ledger.open()
-            # A search that is dropped no longer reads.
-            self._forget_window = weakref.finalize(self, ledger.close, self._window)
-            self._forget_window.atexit = False
+            self._hold(self._state.switches.ledger.open())
         elif not wanted:
             self._close_window()
 
+    def _hand_over(self) -> None:
+        """Move the sums of all processes to the first one, whose state is the one that is saved."""
+        if distributed.world_size() > 1:
+            distributed.sum_(self._window.committed)
+            if not distributed.is_first():
+                self._window.committed.zero_()
+
+    def _hold(self, window: Collector | None) -> None:
+        """Read this window, or none. A search that is dropped no longer reads."""
+        if self._forget_window is not None:
+            self._forget_window.detach()
+        self._window, self._forget_window = window, None
+        if window is not None:
+            self._forget_window = weakref.finalize(self, self._state.switches.ledger.close, window)
+            self._forget_window.atexit = False
+
     def _close_window(self) -> None:
         if self._window is not None:
-            self._forget_window()
-            self._window = None
+            self._state.switches.ledger.close(self._window)
+            self._hold(None)
 
     def _score(self, proxy: Proxy, score: str, batches: Iterable | None, per_rank: bool,
                measures: Measures) -> tuple[dict, dict]:
@@ -373,7 +441,7 @@ class RankSearch:
         paths = self._state.paths
         made = {"score": score, "statistics": "exact"}
         if not proxy.needs_data:
-            rows = {name: torch.zeros(path.r, NUM_COLUMNS) for name, path in paths.items()}
+            rows = {name: torch.zeros(path.r, NUM_COLUMNS, device="cpu") for name, path in paths.items()}
             made = {"score": None, "statistics": None, "batches": 0}
         elif score == "in_step":
             if self._window_steps() == 0:
@@ -396,7 +464,7 @@ class RankSearch:
             scores = {name: scores_of(proxy, rows[name], per_rank) for name in paths}
         scores = normalized(scores, proxy, self.config.normalize, {
             name: PathSize(path.scaling, path.num_parameters, split_path(name)[2]) for name, path in paths.items()})
-        return {name: _plain(scores[name], per_rank) for name in paths}, made
+        return {name: scores[name].tolist() if per_rank else float(scores[name]) for name in paths}, made
 
     def _probe_loader(self) -> Iterable:
         if self._dataloader is None:
@@ -414,52 +482,38 @@ class RankSearch:
         else:
             scores, made = self._score(self._proxy, self._score_of(self._proxy), None, self._per_rank, self._measures)
             self._warn_about_ties(scores)
-            scores = self._averaged(scores)
-        before = {name: path.active_rows() for name, path in self._state.paths.items()}
+            if self.config.score_decay > 0:
+                scores = self._average = averaged(self._average, scores, self.config.score_decay)
+        before = self._state.rows()
         self._write(self._agree(self._decision(scores if warming else self._steadied(scores))))
         self._count_coverage()
         self._reallocations += 1
         self._last = self._steps
-        self._record(warming, made, scores, before)
+        sizes = {name: path.num_parameters // path.r for name, path in self._state.paths.items()}
+        self.history.append({
+            "step": self._steps, "warmup": warming, "proxy": "constant" if warming else self._proxy.name, **made,
+            **describe_ranks(self._state.rows(), before, sizes, None if warming else scores, self._per_rank)})
         if self._window is not None:
             self._window.zero_()
 
-    def _averaged(self, scores: dict) -> dict:
-        """The moving average of the scores over reallocations."""
-        decay = self.config.score_decay
-        if decay == 0:
-            return scores
-        new = {name: value if self._per_rank else [value] for name, value in scores.items()}
-        self._average = {name: [decay * old + (1 - decay) * value for old, value in zip(self._average.get(name, values), values)]
-                         for name, values in new.items()}
-        return {name: list(values) if self._per_rank else values[0] for name, values in self._average.items()}
-
     def _steadied(self, scores: dict) -> dict:
         """The scores with the advantage of what is on, once the proxy and not the warm-up has put it there."""
-        if self.config.hysteresis == 0 or not self.history or self.history[-1]["warmup"]:
+        if not self.history or self.history[-1]["warmup"]:
             return scores
-
-        def lifted(score: float, on: bool) -> float:
-            return score + self.config.hysteresis * abs(score) if on else score
-
-        rows = {name: path.active_rows() for name, path in self._state.paths.items()}
-        return {name: [lifted(*pair) for pair in zip(score, rows[name])] if self._per_rank else lifted(score, any(rows[name]))
-                for name, score in scores.items()}
+        return steadied(scores, self._state.rows(), self.config.hysteresis)
 
     def _count_coverage(self) -> None:
         """Count what is on, and see whether the warm-up has covered everything."""
-        news = False
-        for name, counts in self._times_on.items():
-            rows = self._state.paths[name].active_rows()
-            for i, on in enumerate(rows if self._per_rank else (any(rows),)):
-                news = news or (on and counts[i] == 0)
-                counts[i] += on
+        rows = self._state.rows()
+        on = {name: rows[name] if self._per_rank else (any(rows[name]),) for name in self._times_on}
+        news = any(now and times == 0 for name, counts in self._times_on.items() for now, times in zip(on[name], counts))
+        self._times_on = {name: [times + now for now, times in zip(on[name], counts)] for name, counts in self._times_on.items()}
         # A pool whose budget rounds to nothing is never covered: a round that brings nothing new is the last one.
         self._covered = self._covered or not news or min(map(min, self._times_on.values())) > 0
 
     def _decision(self, scores: Mapping[str, float]) -> dict[str, Tensor]:
         """The allocator's answer as masks, checked before anything is switched."""
-        masks = self._masks_of(self.allocate(scores))
+        masks = self._state.masks_of(self.allocate(scores))
         missing = [name for name in self.paths if name not in masks]
         if missing:
             raise ValueError(f"allocator {self.config.ranks!r} gave no rank for {missing[0]!r} and {len(missing) - 1} others")
@@ -473,32 +527,17 @@ class RankSearch:
         parts = distributed.broadcast_(flat).bool().split([self._state.paths[name].r for name in self.paths])
         return dict(zip(self.paths, parts))
 
-    def _record(self, warming: bool, made: dict, scores: dict, before: dict[str, tuple[bool, ...]]) -> None:
-        paths = self._state.paths
-        rows = {name: path.active_rows() for name, path in paths.items()}
-        # What is counted: paths, or rows where rows are ranked.
-        units = {name: rows[name] if self._per_rank else (any(rows[name]),) for name in paths}
-        was = {name: before[name] if self._per_rank else (any(before[name]),) for name in paths}
-        on = [(name, i) for name in paths for i, active in enumerate(units[name]) if active]
-        fresh = [(name, i) for name, i in on if not was[name][i]]
-        self.history.append({
-            "step": self._steps, "warmup": warming, "proxy": "constant" if warming else self._proxy.name, **made,
-            "scores": None if warming else scores, "ranks": self.ranks,
-            "threshold": None if warming else min(scores[name][i] if self._per_rank else scores[name] for name, i in on),
-            # Share of what is now on that was off before; at the first allocation everything was on.
-            "churn": len(fresh) / len(on),
-            "active_parameters": sum(paths[name].num_parameters // paths[name].r * sum(mask) for name, mask in rows.items()),
-        })
-
     def _warn(self, key: str, message: str) -> None:
         if key not in self._warned:
-            self._warned.add(key)
+            self._warned = self._warned | {key}
             warnings.warn(message, stacklevel=4)
 
     def _warn_about_zero_B(self, proxy: Proxy) -> None:
         if not proxy.zero_at_zero_B or f"zero_B:{proxy.name}" in self._warned:
             return
-        zero = [name for name, path in self._state.paths.items() if not bool(path.lora_B.any())]
+        lives = torch.stack([distributed.local_part(path.lora_B)[0].any().to(self._state.device, torch.int32)
+                             for path in self._state.paths.values()])
+        zero = [name for name, on in zip(self.paths, distributed.sum_(lives).tolist()) if not on]
         if zero:
             self._warn(f"zero_B:{proxy.name}",
                        f"proxy {proxy.name!r} is 0 for every path whose lora_B is 0, and {len(zero)} of {len(self.paths)} are: "
@@ -509,7 +548,3 @@ class RankSearch:
         if len(values) == 1 and self._proxy.needs_data and len(self._eligible()) > 1:
             self._warn("ties", f"all {len(self._eligible())} scores of proxy {self._proxy.name!r} are equal ({values.pop()}): "
                                "the ranks were drawn at random")
-
-
-def _plain(value: Tensor, per_rank: bool) -> float | list[float]:
-    return value.tolist() if per_rank else float(value)

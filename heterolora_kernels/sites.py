@@ -224,9 +224,9 @@ class PatchedLayer:
         state = self._heterolora
         if state.carrier is None and torch.compiler.is_dynamo_compiling() and _inside_a_traced_block():
             return base_forward(self, *args, **kwargs)
-        args, kwargs, state.f_prev = state.unwrap(args, kwargs)
-        state.open()
         try:
+            args, kwargs, state.f_prev = state.unwrap(args, kwargs)
+            state.open()
             out = base_forward(self, *args, **kwargs)
             if not state.exports_f:
                 return out

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from heterolora_kernels import _env, distributed
 from heterolora_kernels.backends import use_backend
-from heterolora_kernels.patching import HeteroLoraState
+from heterolora_kernels.planning import is_quantised, is_quantised_linear
 from heterolora_kernels.proxies import get_proxy, register_proxy, scores_of
-from heterolora_kernels.scoring import ScoringPass, gradient_rows, on_every_process, twins, untouched
+from heterolora_kernels.scoring import ScoringPass, gradient_rows, twins, untouched
+from heterolora_kernels.state import HeteroLoraState
+from heterolora_kernels.undo import put_back
 
 #: What a copy of the parameters may take of the memory that is free: activations and gradients need some as well.
 _SHARE_OF_FREE = 0.8
@@ -29,12 +31,15 @@ _SHARE_OF_FREE = 0.8
 def _synflow(request: ScoringPass) -> dict[str, Tensor]:
     """Sum of abs(parameter * gradient) at absolute parameters; 0 while lora_B is 0."""
     model, state = request.model, request.state
+    if distributed.wrapper_of(model) is not None:
+        raise ValueError("synflow puts absolute copies in the places of all parameters, which a sharded model does not allow: "
+                         "score before fully_shard and hand the ranks to search.apply")
     with ExitStack() as stack:
         stack.enter_context(untouched(model, state, request.loader, training=False))
         stack.enter_context(torch.enable_grad())
         # The only backend that every dtype is promised on; one batch of one row needs no other.
         stack.enter_context(use_backend("reference"))
-        rows = on_every_process(lambda: _rows(request), state.device)
+        rows = distributed.on_every_process(lambda: _rows(request), state.device)
     # The length of the first batch is each process's own.
     flat = distributed.broadcast_(torch.cat([rows[name] for name in state.paths]))
     parts = flat.split([path.r for path in state.paths.values()])
@@ -106,9 +111,13 @@ def _absolute(model: nn.Module, state: HeteroLoraState) -> Iterator[torch.dtype]
         MemoryError: a float16 model, whose sums would overflow, and no room for a copy.
     """
     for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
+        if is_quantised(parameter) or not parameter.is_floating_point():
             raise ValueError(f"synflow needs the absolute values of all parameters, and {name!r} is quantised "
-                             f"({parameter.dtype})")
+                             f"({type(parameter).__name__} of {parameter.dtype})")
+    for name, module in model.named_modules():
+        if is_quantised_linear(module):
+            raise ValueError(f"synflow needs the absolute values of all parameters, and {name!r} has quantised weights "
+                             f"({type(module).__name__})")
     dtype = next((dtype for dtype in (torch.float64, torch.float32) if _fits(model, dtype)), None)
     if dtype is not None:
         with _attention_of_any_dtype(model), _copies(model, state, dtype):
@@ -157,16 +166,18 @@ def _copies(model: nn.Module, state: HeteroLoraState, dtype: torch.dtype) -> Ite
     for module in model.modules():
         for table in (module._parameters, module._buffers):
             places += [(table, name, value) for name, value in table.items() if value is not None and value.is_floating_point()]
-    try:
+
+    def undo() -> None:
+        for table, name, value in places:
+            table[name] = value
+
+    with put_back(undo):
         for table, name, value in places:
             if isinstance(value, nn.Parameter):
                 table[name] = copy(value, lambda t, value=value: nn.Parameter(t.abs_(), requires_grad=id(value) in adapters))
             else:
                 table[name] = copy(value, lambda t: t)
         yield
-    finally:
-        for table, name, value in places:
-            table[name] = value
 
 
 @contextmanager
@@ -177,11 +188,9 @@ def _attention_of_any_dtype(model: nn.Module) -> Iterator[None]:
     if not isinstance(chosen, str) or "flash" not in chosen:
         yield
         return
-    config._attn_implementation = "sdpa"
-    try:
+    with put_back(lambda: setattr(config, "_attn_implementation", chosen)):
+        config._attn_implementation = "sdpa"
         yield
-    finally:
-        config._attn_implementation = chosen
 
 
 @contextmanager
@@ -191,16 +200,18 @@ def _signs_dropped(model: nn.Module) -> Iterator[None]:
     Written through ``.data``: every bit comes back, so a graph that waits for its backward stays valid.
     """
     kept: list[tuple[Tensor, Tensor]] = []
-    try:
-        for parameter in {id(p): p for p in model.parameters()}.values():
-            kept.append((parameter.data, _pack_signs(parameter.data)))
-            parameter.data.abs_()
-        yield
-    finally:
+
+    def undo() -> None:
         for data, signs in kept:
             # From the absolute value, whether or not it had been written when something failed.
             data.abs_()
             data.copy_(torch.where(_unpack_signs(signs, data), -data, data))
+
+    with put_back(undo):
+        for parameter in {id(p): p for p in model.parameters()}.values():
+            kept.append((parameter.data, _pack_signs(parameter.data)))
+            parameter.data.abs_()
+        yield
 
 
 _BITS = (1, 2, 4, 8, 16, 32, 64, 128)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from bench import bench_linear, contenders, training
+from bench import bench_linear, contenders, search_cost, training
 from bench.cases import GROUPS, SHAPES, Case, isa_cases, linear_cases
 from bench.checks import WrongResult, check
 from bench.problem import Results, make_problem, run_reference
@@ -33,7 +35,7 @@ def test_cases_have_names_of_their_own_and_known_contenders(quick):
     cases = list(linear_cases("cpu", ("reference",), quick)) + list(isa_cases("cpu", quick))
     ids = [case.id for case in cases]
     assert len(set(ids)) == len(ids)
-    assert {case.block for case in cases} == set(bench._TITLES) - {"steps"} - ({"backends"} if quick else set())
+    assert {case.block for case in cases} == set(bench._TITLES) - {"steps", "search"} - ({"backends"} if quick else set())
     known = {"op", "no_statistics", "no_path", "layer", "separate", "frozen", "peft", "mm_addmm", "two_matmuls"}
     assert {name for case in cases for name in case.contenders} <= known
 
@@ -192,7 +194,7 @@ class _Fake:
 
 
 class _Benchmark:
-    def pedantic(self, target, setup, rounds):
+    def pedantic(self, target, setup=lambda: None, rounds=1):
         for _ in range(rounds):
             setup()
             target()
@@ -277,6 +279,59 @@ def test_steps_with_other_adapters_are_refused(tiny_encoder):
     wrong.adapters.pop("bert.encoder.layer.1.output.dense.lora_B")
     with pytest.raises(WrongResult, match="other adapters"):
         training.check_steps(case, [wrong])
+
+
+# ---- what a search costs ----
+
+@pytest.fixture
+def search_case():
+    return next(case for case in search_cost.search_cases(BACKEND) if case.dtype == "float32")
+
+
+def test_search_is_timed_by_phases_with_one_active_set(tiny_encoder, monkeypatch, search_case):
+    monkeypatch.setattr(search_cost, "SHORT", 12)
+    made = [search_cost.SearchContender(search_case, name, interval=12, warmup=1) for name in search_case.contenders]
+    training.check_steps(search_case, made, tolerance=2)
+    by_name = {contender.name: contender for contender in made}
+    measured = search_cost.time_search(_Benchmark(), made, 50, seconds=0.0)
+    assert measured["rounds"] == 1 and set(measured["ms"]) == {"plain", "window", "reallocation", "step"}
+    assert all(set(phase) == set(search_case.contenders) for phase in measured["ms"].values())
+    ranks = by_name["in_step"].search.ranks
+    assert sum(rank > 0 for rank in ranks.values()) == len(ranks) // 4
+    assert by_name["off"].search.ranks == by_name["probe"].search.ranks == ranks and not by_name["off"].search.history
+    assert [entry["score"] for entry in by_name["in_step"].search.history] == [None, "in_step"]
+    assert by_name["in_step"].search.history[-1]["batches"] == search_cost.WINDOW
+    assert [entry["score"] for entry in by_name["probe"].search.history] == [None, "probe"]
+
+
+def test_search_step_has_its_share_of_window_and_reallocation():
+    same = [1.0, 2.0, 3.0]
+    ms = {"plain": {"in_step": same, "off": same}, "window": {"in_step": [2.0, 4.0, 6.0], "off": same},
+          "reallocation": {"in_step": [10.0, 10.0, 10.0]}}
+    assert search_cost.amortise(ms, 20) == {"in_step": [1.9, 3.3, 4.7], "off": same}
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell how much memory is used (/proc)")
+def test_process_that_measures_memory_reads_a_task_and_answers(tiny_encoder, monkeypatch, capsys, search_case):
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(
+        {"case": {**vars(search_case), "mode": "memory"}, "name": "in_step", "threads": 1, "ranks": None})))
+    runpy.run_module("bench.search_cost", run_name="__main__")
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["mib"] >= 0 and sum(rank > 0 for rank in answer["ranks"].values()) == len(answer["ranks"]) // 4
+
+
+def test_search_table_joins_time_and_memory():
+    time = {"block": "search", "name": "encoder", "dtype": "float32", "backend": "cpu", "mode": "time", "rank": 8, "interval": 50,
+            "isa": "avx2", "rounds": 2, "calls": 1, "others": 0.0,
+            "ms": {"step": {"in_step": [0, 212.0, 0], "off": [0, 200.0, 0]},
+                   "reallocation": {"in_step": [0, 20.0, 0], "off": [0, 200.0, 0]}}}
+    memory = {**time, "mode": "memory", "others": None, "ms": {}, "mib": {"in_step": 330.0, "off": 300.0, "probe": 600.0}}
+    header, row = bench._table(bench.rows_of(_found(time, memory)), "search")
+    values = dict(zip(header, row))
+    assert (values["off ms"], values["in_step"], values["reallocation"]) == ("200", "1.06", "0.10")
+    assert (values["memory"], values["memory with probe"]) == ("1.10", "2.00")
+    (limit,) = _cells(bench.markdown(_found(time, memory)), "float32 step of a search")
+    assert limit[1:] == ["<= 1.05", "1.06", "missed"]
 
 
 # ---- results and tables ----

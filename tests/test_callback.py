@@ -65,16 +65,20 @@ def make_trainer(folder, model, data, callback=None, cls=Trainer, eval_data=None
                data_collator=default_data_collator, callbacks=[*([] if callback is None else [callback]), *callbacks])
 
 
-def plain_loop(model, recorder: Recorder, data, accumulation: int = 1, evaluate=None, **search):
+def plain_loop(model, recorder: Recorder, accumulation: int = 1, precision: str | None = None, **search):
     """RankSearch in a loop of one's own, on the batches that the Trainer saw."""
+    def loss_of(model, batch):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            return model(**batch).loss
+
     optimizer = torch.optim.AdamW(trainable(model), lr=0.02, weight_decay=0.1)
-    found = hlk.RankSearch(model, optimizer, **search)
+    found = hlk.RankSearch(model, optimizer, loss_fn=loss_of, **search)
     torch.manual_seed(3)
     found.start()
     for step in range(0, len(recorder.seen), accumulation):
         model.train()
         for inputs, items in recorder.seen[step:step + accumulation]:
-            model(**inputs, num_items_in_batch=items).loss.backward()
+            loss_of(model, {**inputs, "num_items_in_batch": items}).backward()
         optimizer.step()
         optimizer.zero_grad()
         found.step()
@@ -94,28 +98,74 @@ def same_history(first: list[dict], second: list[dict]) -> bool:
 MODELS = {"bert": (make_bert, sentences), "llama": (lambda **config: make_llama(zero_B=True, **config), texts)}
 
 
-@pytest.mark.parametrize("score,accumulation", [("in_step", 1), ("in_step", 2), ("probe", 1), ("probe", 2)],
-                         ids=["in_step", "in_step-accumulated", "probe", "probe-accumulated"])
-@pytest.mark.parametrize("kind", MODELS)
-def test_trainer_equals_a_plain_loop(kind, score, accumulation, tmp_path):
+@pytest.mark.parametrize("kind,score,accumulation,precision", [
+    *((kind, score, accumulation, None) for kind in MODELS for score in ("in_step", "probe") for accumulation in (1, 2)),
+    ("llama", "in_step", 2, "bf16"), ("llama", "probe", 1, "bf16")], ids=lambda value: str(value or "float32"))
+def test_trainer_equals_a_plain_loop(kind, score, accumulation, precision, tmp_path):
     make, make_data = MODELS[kind]
     # Without dropout: the loop does not draw what the Trainer draws for the order of the data.
     config = {"score": score, "num_batches": 2, "interval": 0.5, **({"dropout": 0.0} if kind == "bert" else {})}
     model, data = make(**config), make_data(24)
     callback = HeteroLoraCallback()
     trainer = make_trainer(tmp_path, model, data, callback, Recorder, eval_data=make_data(6, seed=100), max_steps=20,
-                           gradient_accumulation_steps=accumulation, eval_strategy="steps", eval_steps=4)
+                           gradient_accumulation_steps=accumulation, eval_strategy="steps", eval_steps=4,
+                           **({precision: True} if precision else {}))
     trainer.optimizer, trainer.lr_scheduler = adamw(model)
     trainer.train()
 
     twin = make(**config)
     loader = DataLoader(data, 4, shuffle=True, collate_fn=default_data_collator)
-    search = plain_loop(twin, trainer, data, accumulation, dataloader=loader, steps_per_epoch=6 // accumulation)
+    search = plain_loop(twin, trainer, accumulation, precision, dataloader=loader, steps_per_epoch=6 // accumulation)
     scored = [entry for entry in search.history if not entry["warmup"]]
     assert scored and all(entry["score"] == score for entry in scored)
     assert same_history(callback.search.history, search.history)
     assert callback.search.ranks == search.ranks
     assert same_bits(snapshot(model), snapshot(twin))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_gradient_checkpointing_changes_no_bit(use_reentrant, tmp_path):
+    runs = []
+    for arguments in ({}, {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}):
+        model = make_llama(zero_B=True, lora_dropout=0.1, interval=2, warmup=1, num_batches=1)
+        callback, calls = HeteroLoraCallback(), []
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+        make_trainer(tmp_path, model, texts(24), callback, max_steps=6, **arguments).train()
+        runs.append((len(calls), callback.search.history, snapshot(model)))
+    (once, history, weights), (twice, *others) = runs
+    assert twice == 2 * once and len(history) == 4
+    assert same_history(history, others[0]) and same_bits(weights, others[1])
+
+
+def test_loss_of_the_trainer_is_the_loss_of_a_probe(tmp_path):
+    """Label smoothing is seen without more ado, any loss of the Trainer's once the callback is attached."""
+    def halved(outputs, labels, num_items_in_batch=None):
+        return nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()) / 2
+
+    class Halving(Trainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return super().compute_loss(model, inputs, *args, **kwargs) / 2
+
+    def scores(cls=Trainer, loss=None, is_attached=False, **arguments):
+        callback = HeteroLoraCallback()
+        trainer = make_trainer(tmp_path, make_llama(search="static", num_batches=2), texts(12), callback, cls, max_steps=1,
+                               **arguments)
+        trainer.compute_loss_func = loss
+        if is_attached:
+            callback.attach(trainer)
+        trainer.train()
+        return callback.search.history[0]["scores"]
+
+    own = scores()
+    assert scores(is_attached=True) == own
+    smoothed = scores(label_smoothing_factor=0.3)
+    assert smoothed == scores(label_smoothing_factor=0.3, is_attached=True) != own
+    # grad_norm is of first degree in the loss.
+    half = {name: pytest.approx(score / 2, rel=1e-4) for name, score in own.items()}
+    assert scores(cls=Halving, is_attached=True) == half
+    assert scores(loss=halved, is_attached=True) == half
+    with pytest.raises(ValueError, match=r"loss_fn: .*compute_loss_func.*attach.*in_step"):
+        scores(loss=halved)
 
 
 def test_probe_reads_the_head_of_the_training_set_and_leaves_the_order_alone(tmp_path):
@@ -202,13 +252,13 @@ class Stopper(TrainerCallback):
         control.should_training_stop = state.global_step == self.step
 
 
-@pytest.mark.parametrize("search,steps,stop,accumulation", [
-    ("warm-up", 7, 7, 1), ("in_step", 7, 7, 1), ("in_step", 5, 10, 1), ("in_step", 3, 9, 2), ("probe", 3, 9, 2),
-    ("graded", 7, 7, 1)],
-    ids=["warm-up", "in_step", "in_step-after an epoch", "in_step-accumulated", "probe-accumulated", "graded"])
-def test_resumed_run_equals_the_unbroken_one(search, steps, stop, accumulation, tmp_path):
+@pytest.mark.parametrize("search,steps,stop,accumulation,precision", [
+    ("warm-up", 7, 7, 1, "float32"), ("in_step", 7, 7, 1, "float32"), ("in_step", 5, 10, 1, "float32"),
+    ("in_step", 3, 9, 2, "bf16"), ("probe", 3, 9, 2, "float32"), ("graded", 7, 7, 1, "float32")],
+    ids=["warm-up", "in_step", "in_step-after an epoch", "in_step-accumulated-bf16", "probe-accumulated", "graded"])
+def test_resumed_run_equals_the_unbroken_one(search, steps, stop, accumulation, precision, tmp_path):
     search = SEARCHES[search]
-    arguments = {"save_steps": steps, "gradient_accumulation_steps": accumulation}
+    arguments = {"save_steps": steps, "gradient_accumulation_steps": accumulation, "bf16": precision == "bf16"}
     whole, broken, resumed = HeteroLoraCallback(), HeteroLoraCallback(), HeteroLoraCallback()
     model, _ = run(tmp_path / "whole", whole, search=search, **arguments)
     run(tmp_path / "broken", broken, search=search, stop=stop, **arguments)
@@ -227,6 +277,45 @@ def test_a_resumed_run_can_be_resumed(tmp_path):
     run(tmp_path / "broken", HeteroLoraCallback(), save_steps=4, stop=8, resume=True)
     twin, _ = run(tmp_path / "broken", last, save_steps=4, resume=True)
     assert same_history(last.search.history, whole.search.history) and same_bits(snapshot(model), snapshot(twin))
+
+
+def test_a_trainer_can_go_back_to_its_own_checkpoint(tmp_path):
+    callback = HeteroLoraCallback()
+    model, trainer = run(tmp_path, callback, search=SEARCHES["in_step"])
+    history, weights = callback.search.history, snapshot(model)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
+    assert callback.search.history is not history and same_history(callback.search.history, history)
+    assert same_bits(snapshot(model), weights)
+
+
+def test_training_again_is_a_search_from_the_start(tmp_path):
+    callback = HeteroLoraCallback()
+    model, trainer = run(tmp_path, callback, search=SEARCHES["in_step"], save_strategy="no")
+    first = callback.search
+    trainer.train()
+    assert callback.search is not first and [entry["step"] for entry in callback.search.history] == [0, 4, 8, 12]
+    # The first one does not read the second one's steps.
+    assert [entry["batches"] for entry in callback.search.history[1:]] == [3, 3, 3] and len(first.history) == 4
+
+
+def test_smaller_batches_after_running_out_of_memory(tmp_path):
+    """auto_find_batch_size begins again: nothing of the step that failed is counted."""
+    class Greedy(Trainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            if len(inputs["labels"]) > 3:
+                raise RuntimeError("CUDA out of memory. Tried to allocate more than there is")
+            return loss
+
+    histories = []
+    for cls, size in ((Greedy, 4), (Trainer, 3)):
+        model, callback = make_bert(dropout=0.0, warmup=1), HeteroLoraCallback()
+        trainer = make_trainer(tmp_path, model, sentences(24), callback, cls, per_device_train_batch_size=size, max_steps=7,
+                               auto_find_batch_size=cls is Greedy)
+        trainer.train()
+        assert trainer._train_batch_size == 3
+        histories.append(callback.search.history)
+    assert same_history(*histories)
 
 
 def test_restored_callback_is_the_users(tmp_path):
@@ -302,11 +391,11 @@ def test_checkpoint_is_an_adapter_with_its_search(tmp_path):
 def test_load_best_model_at_end_brings_its_ranks_back(tmp_path):
     callback = HeteroLoraCallback()
     scores = iter([3.0, 9.0, 1.0, 2.0])
-    seen = {}
+    seen, searches = {}, {}
 
     class Keeper(TrainerCallback):
         def on_save(self, args, state, control, model=None, **kwargs):
-            seen[state.global_step] = snapshot(model)
+            seen[state.global_step], searches[state.global_step] = snapshot(model), callback.search.state_dict()
 
     trainer = make_trainer(tmp_path, make_bert(), sentences(20), callback, eval_data=sentences(5), callbacks=[Keeper()],
                            max_steps=16,
@@ -318,6 +407,11 @@ def test_load_best_model_at_end_brings_its_ranks_back(tmp_path):
     assert same_bits(snapshot(trainer.model), seen[8]) and not same_bits(seen[8], seen[16])
     masks = {name: trainer.model.get_submodule(name).lora_mask for name in callback.search.paths}
     assert callback.search.ranks == {name: int(mask.sum()) for name, mask in masks.items()}
+    # So does what the search says of itself.
+    assert len(callback.search.history) == 3 and same_history(callback.search.history, searches[8]["history"])
+    assert callback.search.history[-1]["ranks"] == callback.search.ranks and callback.search.state_dict()["steps"] == 8
+    trainer.save_model(str(tmp_path / "best"))
+    assert hlk.load_search_state(tmp_path / "best")["masks"] == searches[8]["masks"]
 
 
 def test_save_model_writes_beside_checkpoints_and_into_the_working_directory(tmp_path, monkeypatch):
@@ -456,7 +550,7 @@ def test_plain_module_trains(tmp_path):
             return {"loss": nn.functional.cross_entropy(self.second(self.first(x).relu()), labels)}
 
     torch.manual_seed(0)
-    model = hlk.apply_heterolora(Net(), hlk.HeteroLoraConfig(r=2, interval=2, budget=0.5))
+    model = hlk.apply_heterolora(Net(), hlk.HeteroLoraConfig(r=2, interval=2, budget=0.5, score="probe"))
     data = [{"x": torch.randn(3), "labels": torch.tensor(i % 2)} for i in range(8)]
     callback = HeteroLoraCallback()
     make_trainer(tmp_path, model, data, callback, save_strategy="steps", save_steps=5).train()

@@ -17,7 +17,7 @@ from heterolora_kernels.backends import Backend, register_backend
 from heterolora_kernels.cli import main
 from heterolora_kernels.cli.info import describe, skeleton
 from heterolora_kernels.history import write_jsonl
-from heterolora_kernels.patching import state_of
+from heterolora_kernels.state import state_of
 
 TINY_LLAMA = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
                          num_key_value_heads=1, architectures=["LlamaForCausalLM"])
@@ -133,7 +133,7 @@ def test_plot_of_a_damaged_adapter_names_file_and_field(run_dir, capsys):
 
 def test_plot_without_matplotlib_names_the_extra(run_dir, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "heterolora-kernels[plot]" in fails(capsys, "plot", str(run_dir))
+    assert ".[plot]" in fails(capsys, "plot", str(run_dir))
 
 
 # ---- info ----
@@ -313,7 +313,7 @@ def test_info_of_a_folder_that_is_not_there(tmp_path, capsys):
 
 def test_info_model_without_transformers_names_the_extra(capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert "heterolora-kernels[train]" in fails(capsys, "info", "--model", str(tmp_path))
+    assert ".[train]" in fails(capsys, "info", "--model", str(tmp_path))
 
 
 def test_info_starts_from_a_peft_adapter(tmp_path, capsys, model_dir):

@@ -37,6 +37,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 LARGER = {
     "one_row": Case(m=1, k=301, outs=(37, 70), biases=(True, False), paths=((13, 0, -1), (5, 1, -1)), gates="mixed", seed=21),
     "two_rows_dropout": Case(m=2, k=64, outs=(33,), source_sizes=(45,), paths=((5, 0, -1), (1, 0, 0)), dropout_p=0.3, seed=22),
+    "two_rows_on_threads": Case(m=2, k=601, outs=(610, 40), biases=(True, False), paths=((9, 0, -1), (17, 1, -1)), seed=31),
     "few_rows": Case(m=16, k=129, outs=(95,), biases=(False,), paths=((24, 0, -1),), seed=23),
     "one_row_more": Case(m=17, k=65, outs=(31,), paths=((40, 0, -1),), dropout_p=0.25, seed=24),
     "strip_and_a_half": Case(m=47, k=97, outs=(100, 63), biases=(True, False), source_sizes=(33,),
@@ -229,7 +230,7 @@ def _all_bits(case, dtype):
     return [*outs, *first.values(), probe.grad]
 
 
-@pytest.mark.parametrize("name", ["few_rows", "strip_and_a_half", "blocks", "tall"])
+@pytest.mark.parametrize("name", ["two_rows_on_threads", "few_rows", "strip_and_a_half", "blocks", "tall"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_same_bits_again_and_with_any_number_of_threads(isa, name, dtype):
     first = _all_bits(LARGER[name], dtype)

@@ -4,16 +4,14 @@ Run as a script, this file is one of those processes.
 """
 
 import os
-import subprocess
+import signal
 import sys
-import traceback
-import warnings
-from datetime import timedelta
-from pathlib import Path
+import time
 
 import pytest
 import torch
 import torch.distributed as dist
+from helpers_jobs import WAIT, WORLD, Lost, assert_like_one_process, fit, launch, work
 from helpers_search import (
     ALL_PROXIES,
     adapter,
@@ -24,6 +22,7 @@ from helpers_search import (
     make_net,
     net_batch,
     path_names,
+    plain_llama,
     snapshot,
     train_step,
     trainable,
@@ -33,11 +32,6 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 import heterolora_kernels as hlk
 from heterolora_kernels import distributed
-
-WORLD = 2
-JOB_TIMEOUT = 120
-# Of one collective: a process that waits in vain fails before the job is killed.
-WAIT = timedelta(seconds=40)
 
 
 def batches_of(rank, make=llama_batch, count=3):
@@ -187,6 +181,83 @@ def nan_in_step(rank):
     return search.history
 
 
+def wrong_orders(rank):
+    """What is said of a model that DDP wraps before it is patched, itself or the model inside."""
+    messages, wrapped = [], DistributedDataParallel(plain_llama())
+
+    def inside():
+        hlk.apply_heterolora(wrapped.module, hlk.HeteroLoraConfig(r=2))
+        hlk.RankSearch(wrapped)
+
+    for attempt in (lambda: hlk.apply_heterolora(wrapped, hlk.HeteroLoraConfig(r=2)), inside):
+        try:
+            attempt()
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def search_before_wrapper(rank):
+    """A search that was built before the model was wrapped."""
+    model = make_net(interval=1, warmup=0, score="probe")
+    search = hlk.RankSearch(model, dataloader=batches_of(rank, net_batch))
+    wrapped, optimizer = DistributedDataParallel(model), torch.optim.SGD(trainable(model), lr=0.1)
+    search.start()
+    train_step(wrapped, optimizer, net_batch(rank), search)
+    return search.history
+
+
+def resumed_window(rank):
+    """Scores of a window of two steps, and of one that goes on from the first process's state after one step."""
+    model = make_llama(dtype=torch.float64, interval=9, num_batches=9, warmup=0)
+    wrapped = DistributedDataParallel(model)
+    search, optimizer = hlk.RankSearch(wrapped), torch.optim.SGD(trainable(model), lr=0.0)
+    search.start()
+    train_step(wrapped, optimizer, llama_batch(rank), search)
+    saved = [search.state_dict()]
+    dist.broadcast_object_list(saved)
+    train_step(wrapped, optimizer, llama_batch(WORLD + rank), search)
+    unbroken = search.score(score="in_step")
+    search.load_state_dict(saved[0])
+    train_step(wrapped, optimizer, llama_batch(WORLD + rank), search)
+    return unbroken, search.score(score="in_step")
+
+
+def killed(rank):
+    """The second process is killed between two steps; what the first one's next step ends in, and after how long."""
+    model = make_net()
+    wrapped, optimizer = DistributedDataParallel(model), torch.optim.SGD(trainable(model), lr=0.1)
+    search = hlk.RankSearch(wrapped)
+    search.start()
+    train_step(wrapped, optimizer, net_batch(rank), search)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    began = time.monotonic()
+    try:
+        train_step(wrapped, optimizer, net_batch(rank), search)
+    except RuntimeError as error:
+        return Lost(error), time.monotonic() - began
+
+
+#: Ways in which DDP may be asked to work; each trains as one process does.
+OPTIONS = {
+    "ddp-accumulate": ({}, {"accumulate": 2}),
+    "ddp-unused-accumulate": ({"find_unused_parameters": True, "gradient_as_bucket_view": True}, {"accumulate": 2}),
+    "ddp-unused-checkpointing": ({"find_unused_parameters": True}, {"reentrant": False}),
+    "ddp-reentrant": ({}, {"reentrant": True}),
+    "ddp-static": ({"static_graph": True}, {}),
+    "ddp-static-reentrant": ({"static_graph": True, "gradient_as_bucket_view": True}, {"reentrant": True}),
+    "ddp-probe": ({}, {"score": "probe"}),
+    "ddp-graded-reset": ({}, {"ranks": "graded", "on_reactivate": "reset"}),
+    "ddp-separated": ({}, {"mode": "separated"}),
+}
+
+
+def ddp(name):
+    options, config = OPTIONS[name]
+    return lambda rank: fit(lambda model: DistributedDataParallel(model, **options), rank, **config)
+
+
 SCENARIOS = {
     "trained-net": lambda rank: trained(rank, make_net, net_batch),
     "trained-llama": lambda rank: trained(rank, make_llama, llama_batch),
@@ -206,55 +277,20 @@ SCENARIOS = {
     "any": lambda rank: [distributed.any_process(flag, torch.device("cpu")) for flag in (rank == 1, False, True)],
     "average": averaged,
     "silent": silent_training,
-    # The last one: if the processes part ways here, nothing after it would run.
+    **{name: ddp(name) for name in OPTIONS},
+    "wrong-orders": wrong_orders,
+    "search-first": search_before_wrapper,
+    "resumed-window": resumed_window,
+    # If the processes part ways here, nothing after it would run.
     "nan-in_step": nan_in_step,
+    "killed": killed,
 }
-
-
-def work(rank: int, folder: str) -> None:
-    """One process: every scenario in turn, its result or its traceback into a file."""
-    warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD, timeout=WAIT)
-    results = {}
-    for name, scenario in SCENARIOS.items():
-        try:
-            results[name] = scenario(rank)
-        except Exception:
-            results[name] = RuntimeError(traceback.format_exc())
-        torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     """``job(scenario)``: the results of process 0 and process 1."""
-    folder = tmp_path_factory.mktemp("job")
-    here = Path(__file__).resolve().parent
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
-                   "PYTHONPATH": os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])}
-    processes = [subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], env=environment,
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in range(WORLD)]
-    output = []
-    try:
-        for process in processes:
-            output.append(process.communicate(timeout=JOB_TIMEOUT)[0])
-    except subprocess.TimeoutExpired:
-        output.append(f"no end within {JOB_TIMEOUT} s")
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-
-    def results(name):
-        found = []
-        for rank in range(WORLD):
-            path = folder / f"{rank}.pt"
-            states = torch.load(path, weights_only=False) if path.exists() else {}
-            if name not in states or isinstance(states[name], RuntimeError):
-                pytest.fail(f"process {rank}: {states.get(name, 'did not get here')}\n" + "\n".join(output))
-            found.append(states[name])
-        return found
-    return results
+    return launch(__file__, tmp_path_factory.mktemp("job"))
 
 
 TRAININGS = pytest.mark.parametrize("scenario", [name for name in SCENARIOS if name.startswith("trained")])
@@ -276,6 +312,32 @@ def test_parameters_stay_alike(job, scenario):
     first, second = (result["parameters"] for result in job(scenario))
     shared = [name for name in first if "norm.running" not in name and "num_batches" not in name]
     assert all(torch.equal(first[name], second[name]) for name in shared) and len(shared) > 8
+
+
+@pytest.mark.parametrize("name", list(OPTIONS))
+def test_ddp_trains_and_chooses_as_one_process(job, name):
+    assert_like_one_process(job(name), fit(**OPTIONS[name][1]))
+
+
+def test_wrapped_before_it_was_patched(job):
+    for applied, searched in job("wrong-orders"):
+        assert "call apply_heterolora first, then wrap" in applied
+        assert "before apply_heterolora" in searched
+
+
+def test_a_search_may_be_built_before_the_wrapper(job):
+    first, second = job("search-first")
+    assert first == second and len(first) == 2
+
+
+def test_a_window_goes_on_from_the_first_process_state(job):
+    for unbroken, resumed in job("resumed-window"):
+        assert_scores_close(resumed, unbroken, tolerance=1e-6)
+
+
+def test_a_killed_process_ends_the_other(job):
+    (message, seconds), = job("killed", ranks=[0])
+    assert isinstance(message, Lost) and seconds < WAIT.total_seconds()
 
 
 def test_training_with_inactive_paths_warns_of_nothing(job):
@@ -403,4 +465,4 @@ def test_a_search_takes_the_model_inside_a_wrapper():
 
 
 if __name__ == "__main__":
-    work(int(sys.argv[1]), sys.argv[2])
+    work(SCENARIOS, int(sys.argv[1]), sys.argv[2])

@@ -98,6 +98,12 @@ def test_only_partial_sums_exceed_the_bound(rows):
             assert row.over_bound() <= row.over_bound("swept")
 
 
+def test_at_most_five_percent_above_the_two_pass_bound(rows):
+    over = {(row.shape, row.scenario.paths[0][0], row.scenario.dropout_p, row.scenario.statistics): row.over_bound()
+            for row in rows}
+    assert len(over) == 48 and {case: ratio for case, ratio in over.items() if ratio > 1.05} == {}
+
+
 def test_statistics_cost_at_most_one_percent_and_one_launch(rows):
     for off, on in zip(rows[::2], rows[1::2]):
         assert on.over_base(False) <= 1.01 * off.over_base(False)
@@ -107,7 +113,7 @@ def test_statistics_cost_at_most_one_percent_and_one_launch(rows):
 def test_a_change_of_tiles_is_seen(monkeypatch):
     before = {cost.role: cost for cost in gpu_model.costs_of(MAIN)}
     choose = configs.choose
-    monkeypatch.setattr(configs, "choose", lambda role, *shape: {**choose(role, *shape), "BLOCK_M": 128}
+    monkeypatch.setattr(configs, "choose", lambda role, *shape: {**choose(role, *shape), "PROGRAMS": 264}
                         if role == "q_grad_B" else choose(role, *shape))
     after = {cost.role: cost for cost in gpu_model.costs_of(MAIN)}
     assert after["q_grad_B"].writes["grad_B_parts"] == 2 * before["q_grad_B"].writes["grad_B_parts"]

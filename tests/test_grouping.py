@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 import heterolora_kernels as hlk
 from heterolora_kernels import layers as layers_module
 from heterolora_kernels.grouping import GROUPS
-from heterolora_kernels.patching import state_of
+from heterolora_kernels.state import state_of
 
 K, SIZES = 29, {"q_proj": 21, "k_proj": 7, "v_proj": 13}
 

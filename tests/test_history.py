@@ -292,7 +292,7 @@ def test_write_toml_replaces_at_once(tmp_path):
 
 def test_write_toml_without_tomli_w_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tomli_w", None)
-    with pytest.raises(ImportError, match=r"heterolora-kernels\[train\]"):
+    with pytest.raises(ImportError, match="extra 'train'"):
         write_toml(tmp_path / "c.toml", {})
     assert not list(tmp_path.iterdir())
 

@@ -25,6 +25,7 @@ from torch.optim import optimizer as torch_optimizer
 
 import heterolora_kernels as hlk
 from heterolora_kernels import patching
+from heterolora_kernels.state import state_of
 
 Q, V, DOWN = (f"model.layers.{{}}.{part}" for part in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"))
 
@@ -98,7 +99,7 @@ def test_ranks_alphas_and_patterns():
     model = patch(make_model("llama"), shortcuts=("residual_1",), r=4, lora_alpha=8, shortcut_r=None, shortcut_alpha=6,
                   target_modules=["q_proj", "v_proj"], rank_pattern={r"layers\.1\.self_attn\.q_proj": 2, "v_proj": 5},
                   alpha_pattern={V.format(0): 3})
-    paths = patching.state_of(model).paths
+    paths = state_of(model).paths
     assert shapes_of(model) == {name: path.r for name, path in paths.items()}
     assert paths[Q.format(0)].r == 4 and paths[Q.format(1)].r == 2 and paths[V.format(2)].r == 5
     assert paths[Q.format(0)].scaling == 2 and paths[Q.format(1)].scaling == 4
@@ -393,7 +394,7 @@ def test_initial_adapters(init):
 @pytest.mark.parametrize("name", ["llama", "opt_norm_first", "gpt2", "bert"])
 def test_merge_equals_the_adapter(name):
     model, inputs = make_patched(name, shortcuts=()), make_inputs()
-    first, second = list(patching.state_of(model).paths)[:2]
+    first, second = list(state_of(model).paths)[:2]
     hlk.RankSearch(model).apply({first: [True, False, True], second: 0})
     expected, base = model(**inputs).logits, make_model(name, torch.float64)
     ids = {key: id(p) for key, p in base.named_parameters()}
@@ -421,7 +422,7 @@ def test_merge_refuses_active_shortcuts_unless_dropped():
 
 def test_merge_takes_shortcuts_that_are_off():
     model = make_patched("llama")
-    hlk.RankSearch(model).apply({p.name: 0 for p in patching.state_of(model).paths.values() if p.site is not None})
+    hlk.RankSearch(model).apply({p.name: 0 for p in state_of(model).paths.values() if p.site is not None})
     expected = model(**make_inputs()).logits
     torch.testing.assert_close(hlk.merge_heterolora(model)(**make_inputs()).logits, expected, rtol=1e-11, atol=1e-12)
 
@@ -459,3 +460,30 @@ def test_disabled_adapter_is_the_base_bit_for_bit(name):
     with pytest.raises(KeyboardInterrupt), hlk.disable_adapter(model):
         raise KeyboardInterrupt
     assert torch.equal(on, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt_norm_first", "gpt2", "bert"])
+def test_reference_model_is_the_base_on_the_same_weights(name):
+    model, inputs = make_patched(name, torch.float32).train(), make_inputs()
+    on, hooks = model.eval()(**inputs).logits, len(torch_optimizer._global_optimizer_pre_hooks)
+    flags = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
+    model.train()
+    reference = hlk.reference_model(model)
+    assert model.training and not any(module.training for module in reference.modules())
+    assert torch.equal(reference(**inputs).logits, make_model(name).eval()(**inputs).logits)
+    assert torch.equal(model.eval()(**inputs).logits, on)
+    assert {key: parameter.requires_grad for key, parameter in model.named_parameters()} == flags
+    assert len(torch_optimizer._global_optimizer_pre_hooks) == hooks
+    own = dict(model.named_parameters())
+    assert all(parameter is own[key] and not parameter.requires_grad for key, parameter in reference.named_parameters())
+    assert not [key for key in reference.state_dict() if "lora" in key]
+
+
+def test_reference_model_keeps_heads_as_they_were():
+    model = patch(make_model("llama"), modules_to_save=["lm_head"])
+    reference = hlk.reference_model(model)
+    before = reference.lm_head.weight.clone()
+    with torch.no_grad():
+        model.lm_head.weight.add_(1.0)
+    assert torch.equal(reference.lm_head.weight, before)
+    assert model.lm_head.weight.requires_grad and not reference.lm_head.weight.requires_grad

@@ -30,9 +30,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import heterolora_kernels as hlk
-from heterolora_kernels import patching, planning
+from heterolora_kernels import planning
 from heterolora_kernels.peft_format import exact_pattern, exact_targets, read_peft
 from heterolora_kernels.save_and_load import peft_config
+from heterolora_kernels.state import state_of
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 from peft.tuners.tuners_utils import check_target_module_exists  # noqa: E402
@@ -127,7 +128,7 @@ def test_peft_computes_what_the_patched_model_computes(name, tmp_path):
     expected = outputs(model)
     assert (expected - outputs(build(name))).norm() > 0.01 * expected.norm()
     torch.testing.assert_close(outputs(loaded), expected, rtol=1e-6, atol=1e-6)
-    paths = patching.state_of(model).paths
+    paths = state_of(model).paths
     assert lora_layers(loaded) == {path: (rank, paths[path].scaling) for path, rank in search.ranks.items() if rank}
     assert written(tmp_path / "adapter")["task_type"] == TASKS[name]
 
@@ -252,7 +253,7 @@ def tricky(ranks: dict[str, int], **options) -> nn.Module:
     hlk.apply_heterolora(model, hlk.HeteroLoraConfig(r=4, lora_alpha=6, search="off", modules_to_save=options.pop("heads", ()),
                                                      target_modules=["first", "b", "a_b", "axb"], **options))
     open_adapters(model, scale=1.0)
-    hlk.RankSearch(model).apply({path: ranks.get(path, 0) for path in patching.state_of(model).paths})
+    hlk.RankSearch(model).apply({path: ranks.get(path, 0) for path in state_of(model).paths})
     return model
 
 
@@ -267,7 +268,7 @@ def test_names_that_end_in_other_names(ranks, format, tmp_path):
     torch.testing.assert_close(loaded(X), model(X), rtol=1e-6, atol=1e-6)
     again = hlk.load_adapter(Tricky(), tmp_path)
     torch.testing.assert_close(again(X), model(X), rtol=1e-6, atol=1e-6)
-    assert patching.state_of(again).paths.keys() == ranks.keys()
+    assert state_of(again).paths.keys() == ranks.keys()
 
 
 def test_heads_whose_names_end_other_names(tmp_path):
@@ -315,7 +316,7 @@ def test_config_of_the_present_allocation(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(peft_config(model)))
     config = peft.LoraConfig.from_pretrained(str(tmp_path))
     fresh = peft.get_peft_model(build("bert_sequence"), config)
-    paths = patching.state_of(model).paths
+    paths = state_of(model).paths
     assert lora_layers(fresh) == {path: (rank, paths[path].scaling) for path, rank in search.ranks.items() if rank}
     assert config.lora_dropout == 0.25 and "classifier" in config.modules_to_save
     # Ready to be trained.
@@ -393,12 +394,12 @@ def test_what_peft_saved_computes_the_same_here(case, through, tmp_path):
     expected = outputs(made)
     if through == "load_adapter":
         model = hlk.load_adapter(build(name), tmp_path / "peft")
-        assert patching.state_of(model).config.lora_dropout == options.get("lora_dropout", 0.0)
+        assert state_of(model).config.lora_dropout == options.get("lora_dropout", 0.0)
     else:
         model = hlk.apply_heterolora(build(name), hlk.HeteroLoraConfig(init_from=tmp_path / "peft", r=7, search="off"))
     torch.testing.assert_close(outputs(model), expected, rtol=1e-6, atol=1e-6)
     assert (expected - outputs(build(name))).norm() > 0.01 * expected.norm()
-    config, paths = patching.state_of(model).config, patching.state_of(model).paths
+    config, paths = state_of(model).config, state_of(model).paths
     assert config.init_from is None
     scalings = {n: (p.r, p.scaling) for n, p in paths.items()}
     assert scalings == {n: (r, scaling if through == "load_adapter" else pytest.approx(scaling, rel=1e-15))
@@ -406,7 +407,7 @@ def test_what_peft_saved_computes_the_same_here(case, through, tmp_path):
     # Alphas are the file's own where nothing has to be computed.
     assert through == "init_from" or "alpha_pattern" in options or not config.alpha_pattern
     # The config alone makes the same paths.
-    again = patching.state_of(hlk.apply_heterolora(build(name), config)).paths
+    again = state_of(hlk.apply_heterolora(build(name), config)).paths
     assert {n: (p.r, p.scaling) for n, p in again.items()} == scalings
     # And back again.
     hlk.save_adapter(model, tmp_path / "again", "peft")
@@ -429,7 +430,7 @@ def test_shortcuts_and_search_come_from_the_config(tmp_path):
     model = hlk.apply_heterolora(build("llama"), hlk.HeteroLoraConfig(
         init_from=tmp_path, r=5, shortcuts="all", shortcut_alpha=4, use_rslora=True, search="dynamic", interval=3,
         lora_dropout=0.1, target_modules=["v_proj"], rank_pattern={"v_proj": 2}, exclude_modules=["q_proj"]))
-    state = patching.state_of(model)
+    state = state_of(model)
     # lora_B of a shortcut begins at 0.
     torch.testing.assert_close(outputs(model), expected, rtol=1e-6, atol=1e-6)
     lora = {path.name for path in state.paths.values() if path.site is None}
@@ -448,7 +449,7 @@ def test_shortcuts_and_search_come_from_the_config(tmp_path):
 def test_heads_of_the_adapter_join_those_of_the_config(asked, expected, tmp_path):
     made_by_peft("bert_sequence", tmp_path, r=3, target_modules=["query"], task_type="SEQ_CLS")
     model = hlk.apply_heterolora(build("bert_sequence"), hlk.HeteroLoraConfig(init_from=tmp_path, modules_to_save=asked))
-    assert patching.state_of(model).config.heads == expected
+    assert state_of(model).config.heads == expected
     trainable = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
     assert {name.split(".")[-2] for name in trainable} == {"classifier"} | ({"dense"} if asked else set())
 
@@ -648,7 +649,7 @@ def test_files_that_were_cut_off_are_named(adapter):
             assert_refused(model, lambda: hlk.load_adapter(model, adapter), f"{path.name} is no")
         path.write_bytes(content)
     assert all(torch.equal(tensor, before[name]) for name, tensor in everything(model).items())
-    assert len(patching.state_of(hlk.load_adapter(model, adapter)).paths) == LAYERS
+    assert len(state_of(hlk.load_adapter(model, adapter)).paths) == LAYERS
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt], ids=["error", "interrupt"])

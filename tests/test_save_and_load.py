@@ -37,8 +37,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import heterolora_kernels as hlk
-from heterolora_kernels import files, patching, save_and_load
+from heterolora_kernels import files, save_and_load
 from heterolora_kernels.save_and_load import write_native
+from heterolora_kernels.state import state_of
 
 BERT = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0,
             max_position_embeddings=64, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -97,7 +98,7 @@ def test_everything_comes_back_bit_for_bit(name, into, tmp_path):
     flags, expected = ({n: p.requires_grad for n, p in m.named_parameters()} for m in (loaded, model))
     assert flags == expected
     if into == "plain":
-        assert patching.state_of(loaded).config == patching.state_of(model).config
+        assert state_of(loaded).config == state_of(model).config
 
 
 def test_inactive_paths_are_saved_too(tmp_path):
@@ -162,7 +163,7 @@ def test_the_folder_holds_plain_json(tmp_path):
                     "active": "111"}
     assert content["paths"]["model.layers.1.shortcut_ffn"]["site"] == "shortcut_ffn"
     assert content["base"]["class"] == "LlamaForCausalLM"
-    assert hlk.HeteroLoraConfig.from_dict(content["config"]) == patching.state_of(model).config
+    assert hlk.HeteroLoraConfig.from_dict(content["config"]) == state_of(model).config
     assert outputs(hlk.load_adapter(make_model("llama"), tmp_path)).shape
 
 
@@ -349,7 +350,7 @@ def test_merging_a_shared_weight_is_refused(tmp_path):
 
 def relative_change(model: nn.Module, batches: list[dict]) -> tuple[float, list[float]]:
     """By another way: masks written, one forward each."""
-    shortcuts = [path for path in patching.state_of(model).paths.values() if path.site is not None]
+    shortcuts = [path for path in state_of(model).paths.values() if path.site is not None]
     results, masks = [], [path.mask.clone() for path in shortcuts]
     for on in (True, False):
         for path, mask in zip(shortcuts, masks):
@@ -390,7 +391,7 @@ def test_the_adapter_without_shortcuts_is_the_model_without_them(tmp_path):
     model = trained("llama")
     with pytest.warns(UserWarning, match="left out 10 shortcuts"):
         hlk.save_adapter(model, tmp_path, "peft", drop_shortcuts=True)
-    for path in patching.state_of(model).paths.values():
+    for path in state_of(model).paths.values():
         if path.site is not None:
             path.mask.zero_()
     torch.testing.assert_close(outputs(hlk.load_adapter(make_model("llama"), tmp_path)), outputs(model), rtol=1e-6, atol=1e-6)
@@ -440,7 +441,7 @@ def test_outputs_of_any_model_can_be_measured(tmp_path):
 def test_measuring_leaves_no_trace(batches, tmp_path):
     model = pair().train()
     model.layers[1].eval()
-    state = patching.state_of(model)
+    state = state_of(model)
     state.paths["layers.0.shortcut_sa"].mask[1] = False
     # A graph that waits for its backward, and half accumulated gradients.
     x = torch.randn(3, 6)
@@ -767,7 +768,7 @@ def test_a_failure_while_writing_leaves_the_model_as_it_was(patched, error, at, 
         real(*args)
 
     monkeypatch.setattr(save_and_load, "_check_base", check)
-    linears = patching.state_of(model).linears if patched else []
+    linears = state_of(model).linears if patched else []
     gates = [module._heterolora.derived.gate.clone() for module in linears]
     assert_untouched(model, lambda: hlk.load_adapter(model, folder), "in the middle", error)
     assert len(calls) > at
@@ -779,7 +780,7 @@ def test_a_state_that_the_search_refuses_leaves_everything_as_it_was(folder):
     optimizer = torch.optim.SGD(trainable(model), lr=0.1)
     search = hlk.RankSearch(model, optimizer)
     train_step(model, optimizer, net_batch(7), search)
-    gates = [module._heterolora.derived.gate.clone() for module in patching.state_of(model).linears]
+    gates = [module._heterolora.derived.gate.clone() for module in state_of(model).linears]
     state, ranks = search.state_dict(), search.ranks
     file = folder / "heterolora.json"
     content = json.loads(file.read_text())
@@ -790,7 +791,7 @@ def test_a_state_that_the_search_refuses_leaves_everything_as_it_was(folder):
             hlk.load_adapter(model, folder, search=search)
         assert_restored(model, before)
         assert same_bits(snapshot(model), values) and same(search.state_dict(), state) and search.ranks == ranks
-    assert all(map(torch.equal, gates, (module._heterolora.derived.gate for module in patching.state_of(model).linears)))
+    assert all(map(torch.equal, gates, (module._heterolora.derived.gate for module in state_of(model).linears)))
     file.write_text(json.dumps(content))
     hlk.load_adapter(model, folder, search=search)
     assert same(search.state_dict(), hlk.load_search_state(folder))

@@ -352,21 +352,45 @@ def test_persistent_programs_equal_dense(case, tma, monkeypatch):
     assert uses_tma == (tma and case is not CASES["three_linears_four_paths"])
 
 
+@pytest.mark.parametrize("columns, offset, expected", [(48, 0, True), (48, 1, False), (52, 0, False)],
+                         ids=["aligned", "base", "rows"])
+def test_descriptors_need_weights_at_sixteen_bytes(columns, offset, expected, monkeypatch):
+    choose, seen = configs.choose, []
+    monkeypatch.setattr(configs, "choose", lambda role, *shape: {**choose(role, *shape), "tma": True, "variant": "two_pass"}
+                        if role == "forward" else choose(role, *shape))
+    run = launch.launch
+    monkeypatch.setattr(group, "launch", lambda kernel, role, *rest, **kw: (seen.append(kw.get("TMA")),
+                                                                            run(kernel, role, *rest, **kw)))
+    inputs = make(Case(m=20, k=48, outs=(24,), paths=((5, 0, -1),)))
+    weight, = inputs.weights
+    buffer = weight.new_zeros(24 * columns + offset)
+    inputs.weights = [buffer[offset:].view(24, columns)[:, :48].copy_(weight)]
+    assert_same(inputs.run(backend="triton"), dense(inputs), 2e-5, 2e-5)
+    assert seen[-1] is expected
+
+
 def test_sums_are_split_and_the_parts_are_used():
     inputs, seen = make(larger(CASES["one_path_dropout"])), {}
 
     def record(kernel, role, grid, arguments, constants, options):
-        seen[role] = (grid, constants)
+        seen[role] = {"grid": grid, **dict(zip(kernel.arg_names, arguments)), **constants}
 
     outs, hidden, mask = ops.lora_linear_triton(*inputs.args(3))
     with launch.intercepted(record, "interpreter"):
         ops.lora_linear_backward_triton(random_grads(outs), *inputs.args(3), hidden, mask, 31)
-    assert seen["q_grad_B"][0][0] > 1 and seen["grad_A"][0][2] > 1 and seen["q_sum"][0][0] > 1
+    assert seen["q_grad_B"]["ONE_READ"] and seen["grad_A"]["grid"][2] > 1 and seen["q_sum"]["grid"][0] > 1
+    assert seen["q_grad_B"]["grad_B_parts_ptr"].shape[0] > 1
     wide = make(replace(larger(CASES["one_path_dropout"]), outs=(41,)))
     outs, hidden, mask = ops.lora_linear_triton(*wide.args(3))
     with launch.intercepted(record, "interpreter"):
         ops.lora_linear_backward_triton(random_grads(outs), *wide.args(3), hidden, mask, 31)
-    assert seen["q_grad_B"][1]["NUM_SPLITS"] > 1
+    assert seen["q_grad_B"]["q_parts_ptr"].shape[0] > 1
+    high = make(replace(larger(CASES["one_path_dropout"]), paths=((20, 0, -1),)))
+    outs, hidden, mask = ops.lora_linear_triton(*high.args(3))
+    with launch.intercepted(record, "interpreter"):
+        ops.lora_linear_backward_triton(random_grads(outs), *high.args(3), hidden, mask, 31)
+    assert not seen["q_grad_B"]["ONE_READ"] and seen["q_grad_B"]["q_programs"] > 1
+    assert seen["q_grad_B"]["grad_B_parts_ptr"].shape[0] > 1
 
 
 def test_each_need_alone_gives_the_same_bits_and_nothing_else():

@@ -22,7 +22,7 @@ from heterolora_kernels.backends.triton.builds import Scenario  # noqa: E402
 ops = torch.ops.heterolora_kernels
 #: Arguments that the model takes for tables: read by every program, in L2 after the first.
 TABLES = {f"{name}_ptr" for name in ("active", "scaling", "gate", "rng", "paths", "columns", "chunks", "outputs", "targets",
-                                     "works", "blocks")}
+                                     "works", "blocks", "slabs", "ranges", "records")}
 SCENARIOS = [
     Scenario("odd sizes, dropout, statistics", 70, 90, (41, 33), (50,), ((5, 0, -1), (13, 1, -1), (0, 0, -1), (24, 0, 0)),
              dropout_p=0.3, statistics=True, has_bias=True),

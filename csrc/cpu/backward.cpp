@@ -45,7 +45,9 @@ public:
         int64_t width = 0;
         for (int64_t lanes : lanes_.output_width) width += lanes;
         partial_sums_ = shared_.take<float>(statistics_ ? 2 * blocks_.count * width : 0);
+        products_sq_ = shared_.take<float>(statistics_ ? 2 * width : 0);
         sums_width_ = width;
+        find_pieces();
         run_blocks(*this, e_, blocks_, shared_, parallel_);
         merge();
         call_arena().trim();
@@ -128,9 +130,10 @@ public:
         }
     }
 
-    // What the outer products multiply with, and the sums of q h and h^2.
+    // What the outer products multiply with, the sums of q h and h^2, and the pieces of the base's gradient.
     void finish(Scratch& scratch, Slots slots) {
         const int64_t rows = scratch.strips.rows;
+        sum_pieces(scratch);
         if (shadow_A()) {
             for (size_t key = 0; key < g_.sources.size(); ++key) {
                 const int64_t lanes = lanes_.source_width[key];
@@ -175,7 +178,7 @@ private:
     // Of the strips that a block keeps.
     static int64_t depth_of(const Group& g) {
         int64_t depth = 0;
-        for (const Output& output : g.outputs) depth += output.columns;
+        for (const Output& output : g.outputs) depth += output.grad_out.data != nullptr ? output.columns : 0;
         return depth;
     }
 
@@ -265,6 +268,39 @@ private:
         }
     }
 
+    // Of up to `rows_worth_lanes` rows, reading the weight is all there is to do: whole rows of it one after the other, shared out
+    // among the threads by pieces of as many rows, which depend on the sizes alone.
+    struct Piece {
+        size_t output;
+        int64_t begin, end;
+    };
+
+    bool sums_pieces() const { return g_.rows <= rows_worth_lanes && g_.sources[0].grad != nullptr && g_.has_weights(); }
+
+    void find_pieces() {
+        constexpr int64_t least = 128, most = 16;
+        for (size_t i = 0; sums_pieces() && i < g_.outputs.size(); ++i) {
+            const Output& output = g_.outputs[i];
+            if (output.grad_out.data == nullptr || output.weight.transposed) continue;
+            const int64_t apart = std::max(least, round_up((output.columns + most - 1) / most, 2));
+            for (int64_t row = 0; row < output.columns; row += apart) {
+                pieces_.push_back({i, row, std::min(row + apart, output.columns)});
+            }
+        }
+        piece_sums_ = shared_.take<float>(static_cast<int64_t>(pieces_.size()) * g_.rows * g_.sources[0].columns);
+    }
+
+    void sum_pieces(const Scratch& scratch) {
+        const int64_t columns = g_.sources[0].columns;
+        parallel_.run(pieces_.size(), [&](int64_t n) {
+            EngineScope scope(e_);
+            const Piece& piece = pieces_[n];
+            few_along_columns(e_, scratch.grad_out[piece.output] + piece.begin / e_.unit * g_.rows, g_.rows,
+                              g_.outputs[piece.output].weight.values.at(piece.begin, 0), columns, piece.end - piece.begin,
+                              piece_sums_ + n * g_.rows * columns, columns);
+        });
+    }
+
     // The base's gradient of few rows, a block of its own, for columns begin ... end - 1.
     void few_base(const Scratch& scratch, int64_t begin, int64_t end, float* base, int64_t ld, Slots& slots) const {
         // So many rows of a weight stay in the cache while one strip after the other reads them.
@@ -272,6 +308,12 @@ private:
         const int64_t columns = end - begin;
         float* more = nullptr;
         std::memset(base, 0, 4 * g_.rows * ld);
+        for (size_t n = 0; n < pieces_.size(); ++n) {
+            for (int64_t r = 0; r < g_.rows; ++r) {
+                const float* from = piece_sums_ + (n * g_.rows + r) * g_.sources[0].columns + begin;
+                for (int64_t c = 0; c < columns; ++c) base[r * ld + c] += from[c];
+            }
+        }
         for (size_t i = 0; i < g_.outputs.size(); ++i) {
             const Output& output = g_.outputs[i];
             if (!output.has_weight || output.grad_out.data == nullptr) continue;
@@ -285,7 +327,7 @@ private:
                 }
                 continue;
             }
-            for (int64_t row = 0; row < output.columns; row += piece) {
+            for (int64_t row = 0; row < output.columns && !sums_pieces(); row += piece) {
                 for (int64_t s = 0; s < scratch.strips.count; ++s) {
                     const int64_t from = scratch.strips.first(s), rows = scratch.strips.size(s);
                     few_along_columns(e_, scratch.grad_out[i] + from * units + row / e_.unit * rows, rows,
@@ -339,66 +381,94 @@ private:
         return first;
     }
 
-    // Sums the blocks' parts in block order: row by row of lora_A, column by column of lora_B.
+    // Sums the blocks' parts in block order: row by row of lora_A, and the columns of lora_B as many at a time as a vector has lanes.
     void merge() {
-        struct Line {
+        struct Part {
             size_t path;
-            int64_t j;
+            int64_t first, count;   // count 0: one row of lora_A
         };
-        std::vector<Line> lines;
+        std::vector<Part> parts;
         for (size_t p = 0; p < g_.paths.size(); ++p) {
-            for (int64_t j = 0; j < g_.paths[p].rows; ++j) lines.push_back({p, j});
+            const int64_t rows = g_.paths[p].rows;
+            for (int64_t j = 0; shadow_A() && j < rows; ++j) parts.push_back({p, j, 0});
+            for (int64_t j = 0; shadow_B() && j < rows; j += e_.lanes) parts.push_back({p, j, std::min<int64_t>(e_.lanes, rows - j)});
         }
-        if (!shadow_A() && !shadow_B()) return;
-        parallel_.run(lines.size(), [&](int64_t i) { merge_line(lines[i].path, lines[i].j); });
+        parallel_.run(parts.size(), [&](int64_t i) {
+            const Part& part = parts[i];
+            part.count == 0 ? merge_row(part.path, part.first) : merge_columns(part.path, part.first, part.count);
+        });
+        for (size_t p = 0; p < g_.paths.size(); ++p) {
+            if (g_.paths[p].stats != nullptr) finish_statistics(p);
+        }
     }
 
-    void merge_line(size_t p, int64_t j) {
+    int64_t blocks_of(const Path& path) const { return g_.outputs[path.output].grad_out.data != nullptr ? blocks_.count : 0; }
+
+    // The squares of products go to where those of lora_B are added.
+    void merge_row(size_t p, int64_t j) {
         const Path& path = g_.paths[p];
-        const Output& output = g_.outputs[path.output];
-        const int64_t in = g_.sources[path.source].columns, out = output.columns, size = size_of(path.lora_A.dtype);
-        Merge a, b;
-        a.statistics = b.statistics = path.stats != nullptr;
-        a.gate = b.gate = path.gate[j];
-        if (output.grad_out.data != nullptr) a.blocks = b.blocks = blocks_.count;
-        if (shadow_A()) {
-            const int64_t lanes = lanes_.source_width[path.source];
-            a.partials = partial_A_[path.source] + (lanes_.of_source[p] + j) * in;
-            a.block_stride = lanes * in;
-            a.size = in;
-            a.scale = path.scaling * g_.dropout_scale;
-            a.parameter = path.lora_A.at(j, 0);
-            a.parameter.ld = 1;
-            if (path.grad_A != nullptr) a.grad = static_cast<char*>(path.grad_A) + j * in * size;
-            a.grad_ld = 1;
-            e_.merge(a);
-        }
-        if (shadow_B()) {
-            const int64_t lanes = lanes_.output_width[path.output];
-            b.partials = partial_B_[path.output] + (lanes_.of_output[p] + j) * out;
-            b.block_stride = lanes * out;
-            b.size = out;
-            b.scale = path.scaling;
-            b.parameter = path.lora_B.at(0, j);
-            if (path.grad_B != nullptr) b.grad = static_cast<char*>(path.grad_B) + j * size;
-            b.grad_ld = path.rank;
-            e_.merge(b);
-        }
+        const int64_t in = g_.sources[path.source].columns, lanes = lanes_.source_width[path.source];
+        Merge m;
+        m.partials = partial_A_[path.source] + (lanes_.of_source[p] + j) * in;
+        m.blocks = blocks_of(path);
+        m.block_stride = lanes * in;
+        m.size = in;
+        m.scale = path.scaling * g_.dropout_scale;
+        m.gate = path.gate[j];
+        m.parameter = path.lora_A.at(j, 0);
+        if (path.grad_A != nullptr) m.grad = static_cast<char*>(path.grad_A) + j * in * size_of(path.lora_A.dtype);
+        m.statistics = path.stats != nullptr;
+        e_.merge(m);
         if (path.stats == nullptr) return;
-        float h_sq = 0, qh = 0;
-        for (int64_t block = 0; block < blocks_.count; ++block) {
-            const float* sums = partial_sums_ + 2 * (block * sums_width_ + sums_first(p)) + j;
-            h_sq += sums[0];
-            qh += sums[path.rows];
-        }
         float* stats = path.stats + j * num_stats_columns;
-        stats[hidden_sq] = h_sq;
-        stats[grad_A_sq] = a.squares;
-        stats[grad_B_sq] = b.squares;
-        stats[abs_A_grad_A] = a.abs_products;
-        stats[abs_B_grad_B] = b.abs_products;
-        stats[gate_grad] = path.scaling * qh;
-        stats[taylor_sq] = a.products_sq + b.products_sq;
+        stats[grad_A_sq] = m.squares;
+        stats[abs_A_grad_A] = m.abs_products;
+        products_sq_[2 * (sums_first(p) + j)] = m.products_sq;
+    }
+
+    void merge_columns(size_t p, int64_t first, int64_t count) {
+        const Path& path = g_.paths[p];
+        const int64_t out = g_.outputs[path.output].columns, lanes = lanes_.output_width[path.output];
+        MergeColumns m;
+        m.partials = partial_B_[path.output] + (lanes_.of_output[p] + first) * out;
+        m.blocks = blocks_of(path);
+        m.block_stride = lanes * out;
+        m.size = out;
+        m.count = static_cast<int>(count);
+        m.scale = path.scaling;
+        m.gate = path.gate + first;
+        m.parameter = path.lora_B.at(0, first);
+        if (path.grad_B != nullptr) m.grad = static_cast<char*>(path.grad_B) + first * size_of(path.lora_B.dtype);
+        m.grad_ld = path.rank;
+        m.statistics = path.stats != nullptr;
+        float sums[3][max_lanes];
+        m.squares = sums[0];
+        m.abs_products = sums[1];
+        m.products_sq = sums[2];
+        e_.merge_columns(m);
+        for (int64_t j = 0; path.stats != nullptr && j < count; ++j) {
+            float* stats = path.stats + (first + j) * num_stats_columns;
+            stats[grad_B_sq] = sums[0][j];
+            stats[abs_B_grad_B] = sums[1][j];
+            products_sq_[2 * (sums_first(p) + first + j) + 1] = sums[2][j];
+        }
+    }
+
+    void finish_statistics(size_t p) {
+        const Path& path = g_.paths[p];
+        for (int64_t j = 0; j < path.rows; ++j) {
+            float h_sq = 0, qh = 0;
+            for (int64_t block = 0; block < blocks_.count; ++block) {
+                const float* sums = partial_sums_ + 2 * (block * sums_width_ + sums_first(p)) + j;
+                h_sq += sums[0];
+                qh += sums[path.rows];
+            }
+            float* stats = path.stats + j * num_stats_columns;
+            const float* products_sq = products_sq_ + 2 * (sums_first(p) + j);
+            stats[hidden_sq] = h_sq;
+            stats[gate_grad] = path.scaling * qh;
+            stats[taylor_sq] = products_sq[0] + products_sq[1];
+        }
     }
 
     Group& g_;
@@ -414,7 +484,10 @@ private:
     std::vector<float*> partial_A_;     // per source: [blocks][lanes][columns]
     std::vector<float*> partial_B_;     // per output: [blocks][lanes][N]
     float* partial_sums_ = nullptr;     // [blocks], in it of each path [h^2, q h][rows]
+    float* products_sq_ = nullptr;      // per path and row: those of lora_A and of lora_B
     int64_t sums_width_ = 0;
+    std::vector<Piece> pieces_;
+    float* piece_sums_ = nullptr;       // [pieces][rows][K]
 };
 
 }  // namespace

@@ -55,6 +55,17 @@ public:
             if (g_.dropout && source.keep_out != nullptr) draw_keep(source, key, row, rows);
             const int64_t width = round_up(lanes_.source_width[key], e_.lanes);
             if (width == 0) continue;
+            if (dots_A()) {
+                auto* h = slots.take<float>(rows * width);
+                for (size_t p = 0; p < g_.paths.size(); ++p) {
+                    const Path& path = g_.paths[p];
+                    if (path.source != static_cast<int>(key)) continue;
+                    few_along_rows(e_, source.values.at(row, 0), nullptr, rows, path.lora_A, path.rows, source.columns,
+                                   h + lanes_.of_source[p], width);
+                    store_hidden(path, p, h, width, row, rows, staged[path.output]);
+                }
+                continue;
+            }
             Left left = key == 0 ? x_rows(scratch, from) : Left{};
             if (key != 0 && in_place_for_hidden(key)) {
                 left = in_place(source.values.at(row, 0));
@@ -165,11 +176,17 @@ private:
         }
     }
 
-    bool needs_x() const { return g_.has_weights() || (lanes_.source_width[0] > 0 && !g_.dropout); }
+    // Whether lora_A is read where it lies: for few rows packing it costs more than the product.
+    bool dots_A() const { return few() && !g_.dropout; }
+
+    bool needs_x() const {
+        if (dots_A()) return std::any_of(g_.outputs.begin(), g_.outputs.end(), [](const Output& o) { return o.weight.transposed; });
+        return g_.has_weights() || (lanes_.source_width[0] > 0 && !g_.dropout);
+    }
 
     void pack_paths() {
         for (size_t key = 0; key < g_.sources.size(); ++key) {
-            const int64_t width = round_up(lanes_.source_width[key], e_.lanes);
+            const int64_t width = dots_A() ? 0 : round_up(lanes_.source_width[key], e_.lanes);
             lora_A_.push_back(shared_.zeroed(width * e_.units(g_.sources[key].columns)));
         }
         for (size_t i = 0; i < g_.outputs.size(); ++i) {
@@ -182,6 +199,7 @@ private:
             if (path.rows == 0) return;
             const Source& source = g_.sources[path.source];
             if (i % 2 == 0) {
+                if (dots_A()) return;
                 e_.pack_rows(path.lora_A, path.rows, source.columns, lora_A_[path.source] + lanes_.of_source[p],
                              round_up(lanes_.source_width[path.source], e_.lanes));
                 return;
@@ -189,7 +207,7 @@ private:
             pack_path(e_, path, path.lora_B, true, g_.outputs[path.output].columns, lanes_.of_output[p],
                       lanes_.output_width[path.output], lora_B_[path.output]);
         });
-        for (size_t key = 0; key < g_.sources.size(); ++key) {
+        for (size_t key = 0; !dots_A() && key < g_.sources.size(); ++key) {
             finish_low_rank_panel(e_, lora_A_[key], lanes_.source_width[key], e_.units(g_.sources[key].columns), in_place_for_hidden(key));
         }
     }

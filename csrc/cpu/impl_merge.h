@@ -6,64 +6,105 @@
 namespace hlk {
 namespace {
 
-template <class T>
-inline void copy_column(const void* from, int64_t from_ld, void* to, int64_t to_ld, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) static_cast<T*>(to)[i * to_ld] = static_cast<const T*>(from)[i * from_ld];
+template <class I>
+struct MergeSums {
+    using F = typename I::F;
+    F squares, abs_products, products_sq;
+
+    void clear() { squares = abs_products = products_sq = I::zero(); }
+    void add(F parameter, F gradient) {
+        const F product = I::mul(parameter, gradient);
+        squares = I::fma(gradient, gradient, squares);
+        abs_products = I::add(abs_products, I::abs(product));
+        products_sq = I::fma(product, product, products_sq);
+    }
+};
+
+// `count` sums over the blocks, in block order.
+template <class I>
+inline typename I::F sum_blocks(const float* partials, int64_t blocks, int64_t block_stride, int64_t count) {
+    typename I::F sum = I::zero();
+    for (int64_t b = 0; b < blocks; ++b, partials += block_stride) {
+        sum = I::add(sum, count >= I::W ? I::load(partials) : load_some<I>(partials, DType::f32, 0, count));
+    }
+    return sum;
 }
 
-inline void copy_column(int64_t size, const void* from, int64_t from_ld, void* to, int64_t to_ld, int64_t count) {
-    size == 4 ? copy_column<uint32_t>(from, from_ld, to, to_ld, count) : copy_column<uint16_t>(from, from_ld, to, to_ld, count);
-}
-
-// Sums over blocks in block order and over elements in vectors of W, so the result depends on the sizes alone.
+// Sums over elements go in vectors of W, so the result depends on the sizes alone.
 template <class I>
 void merge(Merge& m) {
     using F = typename I::F;
     constexpr int W = I::W;
-    // Columns of a matrix pass through a dense piece of many vectors: one alone would be read before its stores have arrived.
-    constexpr int64_t piece = 16 * W;
-    alignas(64) char parameters[4 * piece], gradients[4 * piece];
-    F squares = I::zero(), abs_products = I::zero(), products_sq = I::zero();
+    MergeSums<I> sums;
+    sums.clear();
     const F scale = I::set1(m.scale), gate = I::set1(m.gate);
+    for (int64_t i = 0; i < m.size; i += W) {
+        const int64_t count = m.size - i;
+        const F sum = I::mul(sum_blocks<I>(m.partials + i, m.blocks, m.block_stride, count), scale);
+        if (m.statistics) {
+            sums.add(count >= W ? load_floats<I>(m.parameter.data, m.parameter.dtype, i)
+                                : load_some<I>(m.parameter.data, m.parameter.dtype, i, count), sum);
+        }
+        if (m.grad == nullptr) continue;
+        const F value = m.gate == 0.0f ? I::zero() : I::mul(sum, gate);
+        if (count >= W) {
+            store_floats<I>(m.grad, m.parameter.dtype, i, value);
+        } else {
+            store_some<I>(m.grad, m.parameter.dtype, i, count, value);
+        }
+    }
+    if (!m.statistics) return;
+    m.squares = I::sum(sums.squares);
+    m.abs_products = I::sum(sums.abs_products);
+    m.products_sq = I::sum(sums.products_sq);
+}
+
+// Blocks of W rows, whose columns are vectors between two transpositions.
+template <class I>
+void merge_columns(const MergeColumns& m) {
+    using F = typename I::F;
+    using U = typename I::U;
+    constexpr int W = I::W;
+    MergeSums<I> sums[W];
+    for (int j = 0; j < m.count; ++j) sums[j].clear();
+    const F scale = I::set1(m.scale);
     const DType dtype = m.parameter.dtype;
-    const int64_t size = size_of(dtype);
-    const bool gathers = m.statistics && m.parameter.ld != 1, scatters = m.grad != nullptr && m.grad_ld != 1;
-    for (int64_t first = 0; first < m.size; first += piece) {
-        const int64_t end = m.size - first < piece ? m.size : first + piece;
-        const void* parameter_at = static_cast<const char*>(m.parameter.data) + first * m.parameter.ld * size;
-        void* grad_at = static_cast<char*>(m.grad) + first * m.grad_ld * size;
-        if (gathers) copy_column(size, parameter_at, m.parameter.ld, parameters, 1, end - first);
-        for (int64_t i = first; i < end; i += W) {
-            const int64_t count = end - i < W ? end - i : W;
-            F sum = I::zero();
-            for (int64_t b = 0; b < m.blocks; ++b) {
-                const float* from = m.partials + b * m.block_stride + i;
-                sum = I::add(sum, count == W ? I::load(from) : load_some<I>(from, DType::f32, 0, count));
+    // A vector that begins with a row may reach into the rows behind it, not behind the last one. In a gradient of as many columns
+    // those are written later.
+    const int64_t end = (m.size - 1) * m.parameter.ld + m.count, grad_end = m.grad_ld == m.count ? m.size * m.grad_ld : 0;
+    for (int64_t i = 0; i < m.size; i += W) {
+        const int64_t rows = m.size - i < W ? m.size - i : W;
+        U parameter[W], grads[W];
+        if (m.statistics) {
+            for (int64_t c = 0; c < W; ++c) {
+                const int64_t first = (i + c) * m.parameter.ld;
+                parameter[c] = c >= rows         ? I::zero_units()
+                               : first + W <= end ? I::as_units(load_floats<I>(m.parameter.data, dtype, first))
+                                                  : I::as_units(load_some<I>(m.parameter.data, dtype, first, m.count));
             }
-            sum = I::mul(sum, scale);
-            if (m.statistics) {
-                const void* from = gathers ? parameters : parameter_at;
-                const F parameter = count == W ? load_floats<I>(from, dtype, i - first) : load_some<I>(from, dtype, i - first, count);
-                const F product = I::mul(parameter, sum);
-                squares = I::fma(sum, sum, squares);
-                abs_products = I::add(abs_products, I::abs(product));
-                products_sq = I::fma(product, product, products_sq);
-            }
-            if (m.grad == nullptr) continue;
-            const F value = m.gate == 0.0f ? I::zero() : I::mul(sum, gate);
-            void* to = scatters ? gradients : grad_at;
-            if (count == W) {
-                store_floats<I>(to, dtype, i - first, value);
+            I::transpose(parameter);
+        }
+        for (int j = 0; j < m.count; ++j) {
+            const F sum = I::mul(sum_blocks<I>(m.partials + j * m.size + i, m.blocks, m.block_stride, rows), scale);
+            if (m.statistics) sums[j].add(I::as_floats(parameter[j]), sum);
+            grads[j] = m.gate[j] == 0.0f ? I::zero_units() : I::as_units(I::mul(sum, I::set1(m.gate[j])));
+        }
+        if (m.grad == nullptr) continue;
+        for (int j = m.count; j < W; ++j) grads[j] = I::zero_units();
+        I::transpose(grads);
+        for (int64_t c = 0; c < rows; ++c) {
+            const int64_t first = (i + c) * m.grad_ld;
+            if (first + W <= grad_end) {
+                store_floats<I>(m.grad, dtype, first, I::as_floats(grads[c]));
             } else {
-                store_some<I>(to, dtype, i - first, count, value);
+                store_some<I>(m.grad, dtype, first, m.count, I::as_floats(grads[c]));
             }
         }
-        if (scatters) copy_column(size, gradients, 1, grad_at, m.grad_ld, end - first);
     }
-    if (m.statistics) {
-        m.squares = I::sum(squares);
-        m.abs_products = I::sum(abs_products);
-        m.products_sq = I::sum(products_sq);
+    for (int j = 0; m.statistics && j < m.count; ++j) {
+        m.squares[j] = I::sum(sums[j].squares);
+        m.abs_products[j] = I::sum(sums[j].abs_products);
+        m.products_sq[j] = I::sum(sums[j].products_sq);
     }
 }
 

@@ -91,43 +91,55 @@ void outer_columns(const Outer& o, float* out, int64_t out_ld) {
     }
 }
 
-// Few coefficients leave registers for more columns, so that a row is read in longer pieces.
-template <class I, class Unit, DType D, int COUNT>
-int64_t outer_wide(const Outer& o) {
+// UNITS units of rows from `row` on, along all of their columns: each row is read as it lies in memory.
+template <class I, class Unit, DType D, int COUNT, int UNITS>
+void outer_along(const Outer& o, int64_t row, const uint32_t* coef, bool accumulate, int64_t columns) {
     using F = typename I::F;
     using U = typename I::U;
-    constexpr int W = I::W, PAIRS = I::MAX_ROWS / COUNT;
-    int64_t column = 0;
-    for (; column + PAIRS * 2 * W <= o.columns; column += PAIRS * 2 * W) {
-        F acc[COUNT][2 * PAIRS];
+    constexpr int W = I::W;
+    Outer part = o;
+    for (int64_t column = 0; column < columns; column += 2 * W) {
+        F acc[COUNT][2];
+        float* out = o.out + column;
+        part.u = o.u.at(0, column);
+#pragma GCC unroll 4
         for (int j = 0; j < COUNT; ++j) {
-            for (int v = 0; v < 2 * PAIRS; ++v) {
-                acc[j][v] = o.accumulate ? I::load(o.out + j * o.out_ld + column + v * W) : I::zero();
+            for (int v = 0; v < 2; ++v) acc[j][v] = accumulate ? I::load(out + j * o.out_ld + v * W) : I::zero();
+        }
+#pragma GCC unroll 4
+        for (int u = 0; u < UNITS; ++u) {
+            U right[2];
+            outer_units<I, Unit, D, false>(part, row + u * Unit::unit, right);
+#pragma GCC unroll 4
+            for (int j = 0; j < COUNT; ++j) {
+                const U left = I::broadcast(coef + u * o.lanes + j);
+                acc[j][0] = Unit::mac(acc[j][0], left, right[0]);
+                acc[j][1] = Unit::mac(acc[j][1], left, right[1]);
             }
         }
-        Outer part = o;
-        const uint32_t* coef = o.coef;
-        for (int64_t row = 0; row < o.rows; row += Unit::unit, coef += o.lanes) {
-            U left[COUNT];
-#pragma GCC unroll 16
-            for (int j = 0; j < COUNT; ++j) left[j] = I::broadcast(coef + j);
-#pragma GCC unroll 16
-            for (int pair = 0; pair < PAIRS; ++pair) {
-                U right[2];
-                part.u = o.u.at(0, column + pair * 2 * W);
-                outer_units<I, Unit, D, false>(part, row, right);
-#pragma GCC unroll 16
-                for (int j = 0; j < COUNT; ++j) {
-                    acc[j][2 * pair] = Unit::mac(acc[j][2 * pair], left[j], right[0]);
-                    acc[j][2 * pair + 1] = Unit::mac(acc[j][2 * pair + 1], left[j], right[1]);
-                }
-            }
-        }
+#pragma GCC unroll 4
         for (int j = 0; j < COUNT; ++j) {
-            for (int v = 0; v < 2 * PAIRS; ++v) I::store(o.out + j * o.out_ld + column + v * W, acc[j][v]);
+            for (int v = 0; v < 2; ++v) I::store(out + j * o.out_ld + v * W, acc[j][v]);
         }
     }
-    return column;
+}
+
+// Few coefficients: the sums go through the cache, a few rows at a time. Columns that were computed.
+template <class I, class Unit, DType D, int COUNT>
+int64_t outer_wide(const Outer& o) {
+    // Streams that the processor follows beside each other, and that a small first cache holds where rows lie whole pages apart.
+    constexpr int UNITS = 4;
+    const int64_t columns = o.rows == 0 ? 0 : o.columns / (2 * I::W) * (2 * I::W);
+    const uint32_t* coef = o.coef;
+    bool accumulate = o.accumulate;
+    int64_t row = 0;
+    for (; row + UNITS * Unit::unit <= o.rows; row += UNITS * Unit::unit, coef += UNITS * o.lanes, accumulate = true) {
+        outer_along<I, Unit, D, COUNT, UNITS>(o, row, coef, accumulate, columns);
+    }
+    for (; row < o.rows; row += Unit::unit, coef += o.lanes, accumulate = true) {
+        outer_along<I, Unit, D, COUNT, 1>(o, row, coef, accumulate, columns);
+    }
+    return columns;
 }
 
 template <class I, class Unit, int COUNT>

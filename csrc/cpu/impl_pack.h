@@ -41,10 +41,12 @@ void pack_columns(Matrix source, int64_t depth, int64_t columns, uint32_t* out, 
     using F = typename I::F;
     using U = typename I::U;
     constexpr int W = I::W;
+    // A vector may reach into the rows behind its own, not behind the last one; what is too much is not stored.
+    const int64_t end = (depth - 1) * source.ld + columns;
     auto load = [&](int64_t row, int64_t column, int64_t count) -> F {
         if (row >= depth) return I::zero();
         const int64_t first = row * source.ld + column;
-        return count >= W ? load_floats<I>(source.data, source.dtype, first)
+        return first + W <= end ? load_floats<I>(source.data, source.dtype, first)
                           : load_some<I>(source.data, source.dtype, first, count);
     };
     const int64_t units = (depth + Unit::unit - 1) / Unit::unit;

@@ -95,22 +95,39 @@ struct Dot {
     int64_t out_ld = 0;
 };
 
-// One row (or column) of a gradient from its partial sums, with its statistics.
+// One row of a gradient from its partial sums, with its statistics.
 struct Merge {
     const float* partials = nullptr;   // [blocks][size], at block_stride
     int64_t blocks = 0, block_stride = 0, size = 0;
     float scale = 1.0f, gate = 1.0f;
-    Matrix parameter;                  // element i at i * parameter.ld
-    void* grad = nullptr;              // the parameter's dtype, element i at i * grad_ld; nullptr: not wanted
-    int64_t grad_ld = 0;
+    Matrix parameter;                  // one row
+    void* grad = nullptr;              // the parameter's dtype; nullptr: not wanted
     bool statistics = false;
     float squares = 0, abs_products = 0, products_sq = 0;
+};
+
+// Columns of a gradient [size, count] from partial sums that lie the other way round, with their statistics; as many as a vector has
+// lanes at most.
+struct MergeColumns {
+    const float* partials = nullptr;   // [blocks][count][size], at block_stride
+    int64_t blocks = 0, block_stride = 0, size = 0;
+    int count = 0;
+    float scale = 1.0f;
+    const float* gate = nullptr;       // [count]
+    Matrix parameter;                  // [size, count]
+    void* grad = nullptr;              // the parameter's dtype; nullptr: not wanted
+    int64_t grad_ld = 0;
+    bool statistics = false;
+    float *squares = nullptr, *abs_products = nullptr, *products_sq = nullptr;   // [count]
 };
 
 // Up to this many rows a weight is read where it lies: packing it would cost more than the product.
 constexpr int64_t few_rows = 16;
 // With more rows than this they are worth being the lanes of a vector.
 constexpr int64_t rows_worth_lanes = 4;
+
+// No instruction set has more columns in a vector.
+constexpr int max_lanes = 16;
 
 // The kernels of one instruction set for one kind of unit.
 struct Engine {
@@ -137,6 +154,7 @@ struct Engine {
     void (*outer)(const Outer& outer);
     void (*dot)(const Dot& dot);
     void (*merge)(Merge& merge);
+    void (*merge_columns)(const MergeColumns& merge);
     // bits of `columns` draws of row `row`, 8 columns a byte
     void (*keep_bits)(uint64_t key, uint32_t row, uint32_t source, int64_t columns, uint32_t threshold, uint8_t* out);
     // around all calls of `tile` and `outer` by one thread; nullptr: nothing to do

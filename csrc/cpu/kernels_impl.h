@@ -33,6 +33,7 @@ constexpr Engine make_engine(const char* name) {
     engine.outer = outer<I, Unit>;
     engine.dot = dot<I, Unit>;
     engine.merge = merge<I>;
+    engine.merge_columns = merge_columns<I>;
     engine.keep_bits = keep_bits<I>;
     return engine;
 }

@@ -138,11 +138,14 @@ struct Range {
 
 inline Range share(int64_t count, int64_t part, int64_t parts) { return {count * part / parts, count * (part + 1) / parts}; }
 
-inline Parallel limited(const Parallel& parallel, int64_t work) {
-    if (work >= serial_work && parallel.threads > 1) return parallel;
+inline Parallel serial() {
     return {1, [](int64_t count, const std::function<void(int64_t)>& task) {
                 for (int64_t i = 0; i < count; ++i) task(i);
             }};
+}
+
+inline Parallel limited(const Parallel& parallel, int64_t work) {
+    return work >= serial_work && parallel.threads > 1 ? parallel : serial();
 }
 
 inline int64_t work_of(const Group& g) {
@@ -177,14 +180,17 @@ void run_blocks(Work& work, const Engine& engine, const Blocks& blocks, Slots& s
         scratches.push_back(work.make(shared, block));
         for (int64_t s = 0; s < Strips(engine, blocks.size(block), engine.max_rows).count; ++s) strips.emplace_back(block, s);
     }
-    parallel.run(strips.size(), [&](int64_t i) {
+    // What few rows need before the columns is less than a hand-over between threads.
+    const bool few = blocks.rows <= few_rows;
+    (few ? serial() : parallel).run(strips.size(), [&](int64_t i) {
         EngineScope scope(engine);
         Slots slots(worker_arena());
         work.strip(scratches[strips[i].first], strips[i].second, slots);
         worker_arena().trim();
     });
     for (auto& scratch : scratches) work.finish(scratch, shared);
-    const int64_t parts = 4 * parallel.threads;
+    // Of few rows, whose weight is read row by row, the longest pieces.
+    const int64_t parts = few ? parallel.threads : 4 * parallel.threads;
     parallel.run(blocks.count * parts, [&](int64_t i) {
         EngineScope scope(engine);
         Slots slots(worker_arena());

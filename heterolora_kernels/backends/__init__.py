@@ -53,18 +53,30 @@ _preferred: dict[tuple[str, torch.dtype | None], str] = {}
 
 
 def register_backend(backend: Backend) -> None:
-    """Add a backend. Those registered later are preferred where several take a device."""
+    """Add a backend. Those registered later are preferred where several take a device.
+
+    Args:
+        backend: its description; the module is imported at the first use.
+    """
     _backends[backend.name] = backend
     _preferred.clear()
 
 
 def available_backends() -> list[str]:
-    """Names of the backends that can run here, the preferred first. See :func:`unavailable_backends` for the others."""
+    """The backends that can run here; see :func:`unavailable_backends` for the others.
+
+    Returns:
+        Their names, the preferred first.
+    """
     return [name for name, backend in reversed(_backends.items()) if backend.why_unavailable() is None]
 
 
 def unavailable_backends() -> dict[str, str]:
-    """``{name: reason}`` of the backends that cannot run here."""
+    """The backends that cannot run here.
+
+    Returns:
+        ``{name: reason in one line}``.
+    """
     reasons = {name: backend.why_unavailable() for name, backend in _backends.items()}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
@@ -152,11 +164,18 @@ def _load(name: str) -> bool:
 
 
 def extra(name: str, function: str) -> Callable | None:
-    """A function that a backend's module offers beside its ops, or None.
+    """What a backend's module offers beside its ops.
 
     ``packed_bytes(weight, needs_grad) -> int`` and ``pack_weight(weight, needs_grad) -> [forward, grad_x]``: packed copies of
     a frozen weight; 0 bytes where packing it does not help. ``row_statistics(lora_A, lora_B, grad_A, grad_B) -> float32 [R,
     columns]``: the ledger's rows of accumulated gradients, all paths in one pass.
+
+    Args:
+        name: of the backend.
+        function: one of those.
+
+    Returns:
+        The function, or None where the module has none of its own.
     """
     _load(name)
     module = sys.modules[_backends[name].module]
@@ -171,8 +190,8 @@ def _cpu_missing() -> str | None:
     try:
         importlib.import_module("heterolora_kernels._C")
     except ModuleNotFoundError:
-        return ("the package was installed without its compiled kernels; with a C++ compiler at hand: "
-                "pip install --no-build-isolation heterolora_kernels")
+        return ("the package was installed without its compiled kernels; with a C++ compiler at hand, in a checkout: "
+                "pip install --no-build-isolation .")
     except ImportError as error:
         reason = str(error).splitlines()[0]
         return f"heterolora_kernels._C does not load with torch {torch.__version__} (build it again): {reason}"

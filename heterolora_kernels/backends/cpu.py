@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from heterolora_kernels import _env
+from heterolora_kernels.ops.autograd import register_compiled
 from heterolora_kernels.ops.ledger import COLUMNS
 from heterolora_kernels.ops.schema import NAMESPACE, define_ops
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 define_ops(_library, "cpu")
 
-from heterolora_kernels import _C  # noqa: E402, F401 - its implementations need the ops
+from heterolora_kernels import _C  # noqa: E402 - its implementations need the ops
 
+register_compiled("cpu", _C.lora_linear, _C.lora_delta)
 _ops = torch.ops.heterolora_kernels
 if tuple(_ops.cpu_stats_columns()) != COLUMNS:
     raise RuntimeError(f"heterolora_kernels._C counts {_ops.cpu_stats_columns()}, this package {list(COLUMNS)}: build it again")

@@ -40,6 +40,9 @@ _ALONE = 0.15
 #: What pytest returns where nothing was selected.
 _NOTHING = 5
 
+#: What a measurement adds to its case; ``ms`` and ``mib`` hold medians by contender.
+_MEASURED = ("rounds", "calls", "others", "ms", "mib")
+
 #: Shapes on which means are taken: M 768 to 1536, K and N 576 to 2048.
 TARGET = ("SmolLM-135M_gate_up", "SmolLM-135M_down", "BERT-base_attention", "OPT-350m_attention", "TinyLlama-1.1B_attention")
 
@@ -47,7 +50,7 @@ TARGET = ("SmolLM-135M_gate_up", "SmolLM-135M_down", "BERT-base_attention", "OPT
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's flags."""
     add = parser.add_argument
-    add("--quick", action="store_true", help="fewer cases and rounds: about a minute instead of seven")
+    add("--quick", action="store_true", help="fewer cases and rounds: about two minutes instead of fifteen")
     add("--filter", metavar="EXPR", help="cases to run, as pytest's -k ('shapes and bfloat16'); blocks: " + ", ".join(_TITLES))
     add("--backend", metavar="NAME", help="backend to measure (default: the one that would be chosen)")
     add("--isa", metavar="NAME", help="hold the cpu backend and PyTorch to one instruction set (few shapes)")
@@ -169,14 +172,13 @@ def reduce_reports(reports: Iterable[Mapping]) -> dict:
             machine, tolerance = machine or extra["machine"], extra["tolerance"]
             case = {name: value for name, value in extra["case"].items() if name != "contenders"}
             results.append({**case, "isa": extra["machine"]["isa"], "torch_isa": extra["machine"]["torch_isa"],
-                            **{name: extra[name] for name in ("rounds", "calls", "others", "ms")}})
+                            **{name: extra[name] for name in _MEASURED if name in extra}})
     return {"machine": machine, "tolerance": tolerance, "results": results}
 
 
 def _key(result: Mapping) -> str:
     """What tells one measurement from another."""
-    measured = ("rounds", "calls", "others", "ms")
-    return json.dumps({name: value for name, value in result.items() if name not in measured}, sort_keys=True)
+    return json.dumps({name: value for name, value in result.items() if name not in _MEASURED}, sort_keys=True)
 
 
 def add_results(old: Mapping, new: Mapping) -> dict:
@@ -222,10 +224,12 @@ def read_results(path: Path) -> dict:
 _TITLES = {"shapes": "Shapes of models", "tokens": "Number of tokens", "ranks": "Ranks",
            "options": "Dropout and float32 adapters", "groups": "Linears that read one x", "layers": "A patched nn.Linear",
            "overhead": "Overhead (K = N = 64, M = 1)", "backends": "Other backends",
-           "isas": "Other instruction sets, PyTorch held to the same", "steps": "Training steps"}
+           "isas": "Other instruction sets, PyTorch held to the same", "steps": "Training steps",
+           "search": "Training steps with a search"}
 
 _READING = ("Ratios of medians. infer (no grad), forward, backward and fwd+bwd: the op's time by the frozen linear's (in the "
-            "table of overheads by that of F.linear plus two matmuls); below 1 is faster. X/op: X's time by the op's.")
+            "table of overheads by that of F.linear plus two matmuls); below 1 is faster. X/op: X's time by the op's. Steps with "
+            "a search: time and peak memory by those of search='off' with the same active set; reallocations in steps of it.")
 
 #: Per block: heading and ratio (numerator, denominator, phase). "op" is the subject.
 _COLUMNS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
@@ -250,6 +254,10 @@ _COLUMNS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
     "isas": (("fwd+bwd", "op", "frozen", "both"), ("PEFT/op", "peft", "op", "both")),
     "steps": (("step/frozen", "op", "frozen", "step"), ("PEFT/op", "peft", "op", "step"),
               ("reference/op", "reference", "op", "step")),
+    "search": (("in_step", "in_step", "off", "step"), ("outside window", "in_step", "off", "plain"),
+               ("in window", "in_step", "off", "window"), ("reallocation", "in_step", "off", "reallocation"),
+               ("probe", "probe", "off", "step"), ("reallocation by probe", "probe", "off", "reallocation"),
+               ("memory", "in_step", "off", "mib"), ("memory with probe", "probe", "off", "mib")),
 }
 
 
@@ -309,7 +317,9 @@ def limits(machine: Mapping) -> list[Limit]:
     found += [Limit(f"{name}'s step in bfloat16, PEFT / op", "steps", ("peft", "op", "step"), "worst", ">=", 1.15,
                     {"dtype": "bfloat16", "name": name}) for name in ("encoder", "decoder")]
     return [*found, Limit("demo's step, reference backend / op", "steps", ("reference", "op", "step"), "worst", ">=", 1.0,
-                          {"name": "demo"})]
+                          {"name": "demo"}),
+            *(Limit(f"{dtype} step of a search in_step / off", "search", ("in_step", "off", "step"), "worst", "<=", 1.05,
+                    {"dtype": dtype}) for dtype in ("bfloat16", "float32"))]
 
 
 _NAMES = {"infer": "infer", "forward": "forward", "both": "fwd+bwd"}
@@ -330,6 +340,8 @@ def rows_of(found: Mapping) -> list[dict]:
     for result in found["results"]:
         row = rows.setdefault(_key({**result, "mode": ""}), {**result, "ms": {}})
         row["ms"].update(result["ms"])
+        # One number each, where a time has its quartiles.
+        row["ms"].update({"mib": {name: [mib] * 3 for name, mib in result["mib"].items()}} if "mib" in result else {})
         row["others"] = max(row.get("others") or 0.0, result.get("others") or 0.0)
     return list(rows.values())
 
@@ -353,7 +365,8 @@ def _labels(row: Mapping) -> list[str]:
 
 def _table(rows: Sequence[Mapping], block: str) -> list[list[str]]:
     columns = _COLUMNS[block]
-    phase, name = ("step", "op") if block == "steps" else ("both", "two_matmuls" if block == "overhead" else "frozen")
+    phase = "step" if block in ("steps", "search") else "both"
+    name = {"steps": "op", "search": "off", "overhead": "two_matmuls"}.get(block, "frozen")
     table = [["shape", "M x K x N", "dtype", "", f"{name.replace('_', ' ')} ms", *(heading for heading, *_ in columns)]]
 
     def cells(values: Iterable[float | None]) -> list[str]:

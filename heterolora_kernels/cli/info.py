@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from heterolora_kernels._env import available_memory, cpu_isa
+from heterolora_kernels._env import available_memory, cpu_isa, how_to_install
 from heterolora_kernels._version import __version__
 from heterolora_kernels.allocation import allocate, available_allocators, get_allocator
 from heterolora_kernels.backends import available_backends, backend_remarks, extra, unavailable_backends
@@ -37,6 +37,7 @@ from heterolora_kernels.planning import (
     find_targets,
     is_below,
     is_conv1d,
+    is_quantised_linear,
     plan_layers,
     plan_lora,
     plan_shortcuts,
@@ -130,7 +131,7 @@ def skeleton(name: str) -> nn.Module:
     try:
         import transformers
     except ImportError as error:
-        raise ImportError(f"--model needs the extra 'train' (pip install 'heterolora-kernels[train]'): {error}") from error
+        raise ImportError(f"--model needs the extra 'train' ({how_to_install('train')}): {error}") from error
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         # Not left to the hub, which would complain about the form of the name.
         raise FileNotFoundError(f"--model: there is no folder {name}")
@@ -184,7 +185,8 @@ def _packed_bytes(model: nn.Module, names: Iterable[str], config: HeteroLoraConf
         return None
     modules = [model.get_submodule(name) for name in names]
     weights = [torch.empty_strided(module.weight.shape, module.weight.stride(), dtype=module.weight.dtype)
-               for module in modules if isinstance(module, nn.Linear) or is_conv1d(module)]
+               for module in modules if not is_quantised_linear(module)
+               and (isinstance(module, nn.Linear) or is_conv1d(module))]
     size = extra("cpu", "packed_bytes")
     return {"mode": config.pack, **{what: sum(size(weight, needs_grad) for weight in weights)
                                     for what, needs_grad in (("inference", False), ("training", True))}}

@@ -30,11 +30,12 @@ from heterolora_kernels.cli.options import read_toml
 from heterolora_kernels.cli.plot import draw_run
 from heterolora_kernels.files import field_of, read_json, read_tensors, write_file
 from heterolora_kernels.history import published_frequency, published_history, write_jsonl, write_toml
-from heterolora_kernels.patching import count_parameters, state_of
+from heterolora_kernels.patching import count_parameters
 from heterolora_kernels.peft_format import class_names
 from heterolora_kernels.plotting import rank_map
 from heterolora_kernels.save_and_load import NATIVE_NAME, save_adapter
 from heterolora_kernels.search import RankSearch
+from heterolora_kernels.state import state_of
 
 #: What the Trainer calls its own state.
 TRAINER_STATE_NAME = "trainer_state.json"

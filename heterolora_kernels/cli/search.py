@@ -19,12 +19,13 @@ from torch.utils.data import DataLoader
 from heterolora_kernels.allocation import get_allocator
 from heterolora_kernels.alpha_test import accuracy, perplexity
 from heterolora_kernels.cli import data, options, run_folder
-from heterolora_kernels.patching import apply_heterolora, print_trainable_parameters, state_of
+from heterolora_kernels.patching import apply_heterolora, print_trainable_parameters
 from heterolora_kernels.peft_format import CONFIG_NAME
 from heterolora_kernels.plotting import plot_ranks, rank_map
 from heterolora_kernels.save_and_load import peft_config
 from heterolora_kernels.scoring import default_loss
 from heterolora_kernels.search import PROBE_BATCHES, RankSearch
+from heterolora_kernels.state import state_of
 
 _SETTINGS = {"batch_size": ("int", 8, "examples of a batch"),
              "train_steps": ("int", 0, "optimizer steps with everything on before scoring: most proxies are 0 before the first"),

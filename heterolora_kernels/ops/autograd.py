@@ -9,7 +9,7 @@ Arguments are flat, because autograd sees only top-level tensors; ``counts`` say
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +21,19 @@ from heterolora_kernels.ops.schema import NAMESPACE, Flags, Needs, hidden_offset
 # As plain numbers: an IntFlag's operators cost a microsecond each, in every call.
 _SAVE, _SAVE_STATISTICS = int(Flags.SAVE), int(Flags.SAVE | Flags.STATISTICS)
 _X, _SOURCES, _LORA_A, _LORA_B, _STATISTICS = map(int, (Needs.X, Needs.SOURCES, Needs.LORA_A, Needs.LORA_B, Needs.STATISTICS))
+
+
+#: Per op and backend: what a backend brings in the place of the functions here.
+_compiled: dict[tuple[str, str], Callable] = {}
+
+
+def register_compiled(backend: str, lora_linear: Callable, lora_delta: Callable) -> None:
+    """Call these functions of a backend instead of the ones below wherever nothing is traced.
+
+    They take the op's arguments with ``probe`` in the place of ``flags``, and return its outputs with their gradients, or
+    NotImplemented for tensors that are not theirs to take.
+    """
+    _compiled["lora_linear", backend], _compiled["lora_delta", backend] = lora_linear, lora_delta
 
 
 def _split(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[list[Tensor]]:
@@ -177,6 +190,12 @@ def call_lora_linear(backend: str, x: Tensor, weights: Sequence[Tensor], packs: 
 
     Args: as in the op's schema. probe: float32 leaf [R, columns] whose gradient receives the statistics, or None.
     """
+    compiled = None if torch.compiler.is_compiling() else _compiled.get(("lora_linear", backend))
+    if compiled is not None:
+        outs = compiled(x, weights, packs, biases, sources, lora_A, lora_B, scaling, gate, active, rng, path_output, path_source,
+                        dropout_p, probe)
+        if outs is not NotImplemented:
+            return outs
     return _call("lora_linear", backend, x, weights, packs, biases, sources, lora_A, lora_B, scaling, gate, active, rng,
                  path_output, path_source, dropout_p, probe)
 
@@ -186,5 +205,11 @@ def call_lora_delta(backend: str, x: Tensor, base_outs: Sequence[Tensor], source
                     rng: Tensor | None, path_output: Sequence[int], path_source: Sequence[int], dropout_p: float,
                     probe: Tensor | None = None) -> list[Tensor]:
     """``lora_delta`` of one backend with its gradients; see :func:`call_lora_linear`."""
+    compiled = None if torch.compiler.is_compiling() else _compiled.get(("lora_delta", backend))
+    if compiled is not None:
+        outs = compiled(x, base_outs, sources, lora_A, lora_B, scaling, gate, active, rng, path_output, path_source, dropout_p,
+                        probe)
+        if outs is not NotImplemented:
+            return outs
     return _call("lora_delta", backend, x, base_outs, (), (), sources, lora_A, lora_B, scaling, gate, active, rng,
                  path_output, path_source, dropout_p, probe)

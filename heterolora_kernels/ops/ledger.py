@@ -14,6 +14,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from heterolora_kernels.undo import Undo, put_back, values_of
+
 #: Name of each column and its degree in the loss scale: a loss multiplied by S multiplies the column by S ** degree.
 COLUMN_DEGREES: dict[str, int] = {
     "hidden_sq": 0,
@@ -81,9 +83,14 @@ class Collector:
     def steps(self, value: int) -> None:
         self._steps.fill_(value)
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Everything that is summed."""
+        return self.raw, self.committed, self._steps
+
     def move(self, device: torch.device) -> None:
         """Sum on another device from now on."""
-        self.raw, self.committed, self._steps = (t.to(device) for t in (self.raw, self.committed, self._steps))
+        self.raw, self.committed, self._steps = (t.to(device) for t in self.tensors)
 
     def commit(self, loss_scale: float = 1.0) -> None:
         """Move ``raw`` to ``committed``, divided by the loss scale; drop it whole if any of it is not finite.
@@ -105,7 +112,7 @@ class Collector:
     def zero_(self) -> Collector:
         """Forget everything collected so far."""
         self._ledger.flush()
-        for tensor in (self.raw, self.committed, self._steps):
+        for tensor in self.tensors:
             tensor.zero_()
         return self
 
@@ -206,9 +213,24 @@ class Ledger:
     def isolated(self) -> Iterator[None]:
         """What happens in the block is seen by the readers opened in it alone: all others keep what they had."""
         self.flush()
-        others, self._collectors = self._collectors, []
-        try:
-            yield
-        finally:
+        others = self._collectors
+
+        def undo() -> None:
             self.flush()
-            self._collectors = others + self._collectors
+            self._collectors = others + [collector for collector in self._collectors if collector not in others]
+
+        with put_back(undo):
+            self._collectors = []
+            yield
+
+    def undo_point(self) -> Undo:
+        """Makes the readers those of now, with the sums that they have now."""
+        if self._collectors:
+            self.flush()
+        collectors = list(self._collectors)
+        values = values_of(tensor for collector in collectors for tensor in collector.tensors)
+
+        def undo() -> None:
+            self._collectors = list(collectors)
+            values()
+        return undo

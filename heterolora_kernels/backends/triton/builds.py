@@ -74,12 +74,15 @@ SCENARIOS = [
     *[Scenario("rank", rows, paths=((rank, 0, -1),)) for rows in (16, 256, 8192) for rank in (32, 64)],
     Scenario("group", 8192, **_QKV, has_bias=True),
     Scenario("group dropout", 8192, **_QKV, dropout_p=0.1, statistics=True),
+    *[Scenario("group rank", 8192, 4096, (4096, 1024, 1024), paths=((rank, 0, -1), (rank, 1, -1), (rank, 2, -1)), dropout_p=0.1)
+      for rank in (32, 64)],
     Scenario("shortcuts", 8192, **_SHORTCUTS),
     Scenario("shortcuts dropout", 8192, **_SHORTCUTS, dropout_p=0.1, statistics=True),
     Scenario("delta", 8192, **_SHORTCUTS, is_delta=True, statistics=True),
     Scenario("adapters", 8192, adapter_dtype=torch.bfloat16),
     Scenario("odd sizes", 8191, width=4090, out_features=(1001,), paths=((5, 0, -1),), dropout_p=0.1, statistics=True,
              has_bias=True),
+    Scenario("odd rank", 8191, 4090, (1001,), paths=((40, 0, -1),), statistics=True),
     *[Scenario("float32", rows, dtype=torch.float32) for rows in (16, 256, 8192)],
     Scenario("float32 rank", 8192, dtype=torch.float32, paths=((64, 0, -1),), dropout_p=0.1, statistics=True),
 ]

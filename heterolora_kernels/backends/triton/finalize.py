@@ -8,7 +8,7 @@ import triton.language as tl
 from heterolora_kernels.backends.triton.device import BLOCK_FIELDS, WORK_FIELDS, _cast, _pick
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits_A", "splits_B"])
 def _lora_finalize_kernel(
     grad_A, grad_B, sums_ptr, grad_A_parts_ptr, grad_B_parts_ptr, lora_A, lora_B, scaling_ptr, gate_ptr, active_ptr,
     works_ptr, stride_as, stride_bs, splits_A, splits_B,
@@ -71,7 +71,7 @@ def _lora_finalize_kernel(
         tl.store(sums_ptrs + 2 * BLOCK_J, tl.sum(product * product, 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_row_blocks"])
 def _lora_statistics_kernel(
     stats_ptr, sums_ptr, column_sums_ptr, scaling_ptr, active_ptr, blocks_ptr, H, stride_sums, num_row_blocks,
     NUM_COLUMNS: tl.constexpr, HIDDEN_SQ: tl.constexpr, GRAD_A_SQ: tl.constexpr, GRAD_B_SQ: tl.constexpr,

@@ -117,13 +117,15 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _splits(config: dict, programs: int, length: int, step: int) -> tuple[int, int]:
-    """In how many parts a sum of ``length`` terms is taken so that PROGRAMS programs run, and the terms of a part.
+def _splits(config: dict, wanted: int, programs: int, length: int, step: int) -> tuple[int, int]:
+    """In how many parts each of ``programs`` sums is taken so that at most ``wanted`` programs run, and the terms of a part.
 
-    From shapes and the table alone, never from the device's state: the split shows in a sum's last bits.
+    From shapes and the table alone, never from the device's state: the split shows in a sum's last bits. A program more than the
+    chip holds at once would run alone in the end.
     """
-    splits = max(1, min(_cdiv(config["PROGRAMS"], programs), _cdiv(length, config["SPLIT_STEPS"] * step)))
-    return splits, max(1, _cdiv(_cdiv(length, splits), step)) * step
+    splits = max(1, min(wanted // max(1, programs), _cdiv(length, config["SPLIT_STEPS"] * step)))
+    size = max(1, _cdiv(_cdiv(length, splits), step)) * step
+    return max(1, _cdiv(length, size)), size
 
 
 def run_forward(group: Group, weights: Sequence[Tensor], biases: Sequence[Tensor], bases: Sequence[Tensor], rng: Tensor | None,
@@ -166,7 +168,10 @@ def _run_linear(group: Group, config: dict, outs: Sequence[Tensor], hidden: Tens
     has_weight, nothing = not bases, (x,)
     num_m = _cdiv(group.rows, config["BLOCK_M"])
     tiles = num_m * sum(_cdiv(n, config["BLOCK_N"]) for n in group.out_features)
-    uses_tma = bool(config.get("tma")) and has_weight and not is_one_pass and group.is_aligned and stride_wk == 1
+    # A descriptor whose base or rows do not lie at 16 bytes is a fault on the device.
+    has_descriptors = (has_weight and group.is_aligned and stride_wk == 1 and stride_wn % 8 == 0
+                       and all(weight.data_ptr() % 16 == 0 for weight in weights))
+    uses_tma = bool(config.get("tma")) and has_descriptors and not is_one_pass
     is_persistent = bool(config.get("persistent")) and has_weight and not is_one_pass
     programs = min(tiles, processors(x.device)) if is_persistent else tiles
     launch(forward._lora_linear_forward_kernel, "forward" if has_weight else "delta", (programs,), x.device, config,
@@ -191,8 +196,8 @@ def run_backward(group: Group, grad_outs: Sequence[Tensor], weights: Sequence[Te
     q = sums = parts_A = parts_B = group.scaling
     row_blocks = 0
     if plan.H > 0:
-        q_parts, parts_B, splits = _run_q_grad_B(group, grad_outs, hidden, needs)
-        q, sums, row_blocks = _run_q_sum(group, q_parts, hidden, needs)
+        q_parts, parts_B, split_columns = _run_q_grad_B(group, grad_outs, hidden, needs)
+        q, sums, row_blocks = _run_q_sum(group, q_parts, split_columns, hidden, needs)
     if needs & (Needs.X | Needs.SOURCES):
         _run_grad_x(group, grads[0], grads[1], q, grad_outs, weights, mask, needs)
     if plan.H > 0 and needs & (Needs.LORA_A | Needs.LORA_B | Needs.STATISTICS):
@@ -205,23 +210,33 @@ def run_backward(group: Group, grad_outs: Sequence[Tensor], weights: Sequence[Te
 
 
 def _run_q_grad_B(group: Group, grad_outs: Sequence[Tensor], hidden: Tensor, needs: int) -> tuple[Tensor, Tensor, int]:
+    """Parts of q and of grad_B, and how many columns of an output a part of q covers."""
     plan, widest = group.plan, max(group.out_features)
     config = group.config("q_grad_B", widest, group.rows, plan.widest_output)
-    chunks, num_chunks = plan.chunks("output", config["BLOCK_R"])
-    row_blocks = max(1, _cdiv(group.rows, config["BLOCK_M"]))
-    splits, split_columns = _splits(config, row_blocks * num_chunks, widest, config["BLOCK_N"])
+    own, step, programs = config["BLOCK_OWN"], config["BLOCK_STEP"], config["PROGRAMS"]
     needs_grad_B = bool(needs & (Needs.LORA_B | Needs.STATISTICS))
-    q_parts = group.scaling.new_empty((splits, group.rows, plan.H))
-    parts_B = group.scaling.new_empty((row_blocks, plan.size_B) if needs_grad_B else (1, 1))
-    launch(backward._lora_q_grad_B_kernel, "q_grad_B", (row_blocks, num_chunks * splits), group.x.device, config,
-           q_parts, parts_B, grad_outs, hidden, group.lora_B, group.active, plan.output_columns, chunks, group.rows,
+    slabs, num_slabs = plan.ranges(config["BLOCK_R"], own)
+    split_columns, q_programs = own, 0
+    if not config["one_read"]:
+        programs //= 2
+        row_blocks = _cdiv(group.rows, own)
+        num_chunks = plan.chunks("output", config["BLOCK_R"])[1]
+        split_columns = _splits(config, programs, row_blocks * num_chunks, widest, step)[1]
+        q_programs = row_blocks * plan.ranges(config["BLOCK_R"], split_columns)[1]
+    ranges, num_ranges = plan.ranges(config["BLOCK_R"], split_columns)
+    splits, split_rows = _splits(config, programs, num_slabs, group.rows, step)
+    slab_programs = num_slabs * splits if config["one_read"] or needs_grad_B else 0
+    q_parts = group.scaling.new_empty((_cdiv(widest, split_columns), group.rows, plan.H))
+    parts_B = group.scaling.new_empty((splits, plan.size_B) if needs_grad_B else (1, 1))
+    launch(backward._lora_q_grad_B_kernel, "q_grad_B", (q_programs + slab_programs,), group.x.device, config,
+           q_parts, parts_B, grad_outs, hidden, group.lora_B, group.active, plan.output_columns, slabs, ranges, group.rows,
            group.out_features, tuple(_row_stride(grad) for grad in grad_outs), plan.H // 8, group.rows * plan.H, plan.size_B,
-           split_columns, NUM_SPLITS=splits, NEEDS_GRAD_B=needs_grad_B, CONTIGUOUS=plan.is_contiguous["output"],
-           **group.constants(*_MATMUL))
-    return q_parts, parts_B, splits
+           split_rows, split_columns, num_slabs, num_ranges, q_programs, ONE_READ=config["one_read"], NEEDS_GRAD_B=needs_grad_B,
+           CONTIGUOUS=plan.is_contiguous["output"], **group.constants(*_MATMUL))
+    return q_parts, parts_B, split_columns
 
 
-def _run_q_sum(group: Group, q_parts: Tensor, hidden: Tensor, needs: int) -> tuple[Tensor, Tensor, int]:
+def _run_q_sum(group: Group, q_parts: Tensor, split_columns: int, hidden: Tensor, needs: int) -> tuple[Tensor, Tensor, int]:
     plan = group.plan
     config = group.config("q_sum", plan.H, group.rows, plan.H)
     row_blocks = _cdiv(group.rows, config["BLOCK_M"])
@@ -229,8 +244,8 @@ def _run_q_sum(group: Group, q_parts: Tensor, hidden: Tensor, needs: int) -> tup
     q = group.x.new_empty((group.rows, plan.H))
     sums = q_parts.new_empty((2, row_blocks, plan.H) if needs_statistics else (1,))
     launch(backward._lora_q_sum_kernel, "q_sum", (row_blocks, _cdiv(plan.H, config["BLOCK_H"])), group.x.device, config,
-           q, sums, q_parts, hidden, group.rows, plan.H, group.rows * plan.H, NUM_SPLITS=q_parts.shape[0],
-           NEEDS_STATISTICS=needs_statistics, **group.constants("UPCAST"))
+           q, sums, q_parts, hidden, group.active, plan.hidden, group.rows, plan.H, group.rows * plan.H, split_columns,
+           NEEDS_STATISTICS=needs_statistics, **group.constants("EVERY_ROW", "UPCAST"))
     return q, sums, row_blocks
 
 
@@ -267,7 +282,7 @@ def _run_grad_A(group: Group, q: Tensor, mask: Tensor) -> Tensor:
     config = group.config("grad_A", widest, group.rows, plan.widest_source)
     chunks, num_chunks = plan.chunks("source", config["BLOCK_R"])
     column_blocks = _cdiv(widest, config["BLOCK_K"])
-    splits, split_rows = _splits(config, column_blocks * num_chunks, group.rows, config["BLOCK_M"])
+    splits, split_rows = _splits(config, config["PROGRAMS"], column_blocks * num_chunks, group.rows, config["BLOCK_M"])
     parts = group.scaling.new_empty((splits, plan.size_A))
     launch(backward._lora_grad_A_kernel, "grad_A", (column_blocks, num_chunks, splits), group.x.device, config,
            parts, group.sources, q, mask, group.active, plan.source_columns, chunks, group.rows, group.widths, group.strides,

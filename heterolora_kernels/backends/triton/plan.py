@@ -8,6 +8,8 @@ in a training step after the first. Records:
     outputs   first and end record in paths, first and end record in columns
     targets   first and end record in paths, first byte in mask (-1: no mask)
     chunks    source or output, first and end record in columns, first byte in mask, 1 for the chunk that writes the mask
+    ranges    a chunk of an output's columns: output, first and end record in columns, first column of the output, number
+    hidden    by column of hidden: columns of its output, path, row in the path, rank
     works     path, 1 for B, first row, first column, first element of the parts, rank, first row of gate, length of a row
     blocks    path, first row, first and end work of A, of B, first row of stats, first column of hidden, rank
 """
@@ -27,6 +29,8 @@ COLUMN_FIELDS = 8
 OUTPUT_FIELDS = 4
 TARGET_FIELDS = 4
 CHUNK_FIELDS = 8
+RANGE_FIELDS = 8
+HIDDEN_FIELDS = 4
 WORK_FIELDS = 8
 BLOCK_FIELDS = 16
 
@@ -57,6 +61,8 @@ class Plan:
         by_source = [[p for p, source in enumerate(sources) if source + 1 == s] for s in range(len(structure.widths))]
         self.output_paths, self._output_ranges, self.output_columns, self._output_columns = self._ordered(by_output)
         self.source_paths, self._source_ranges, self.source_columns, self._source_columns = self._ordered(by_source)
+        self.hidden = self._table([(structure.out_features[outputs[p]], p, j, rank) for p, rank in enumerate(ranks)
+                                   for j in range(self._first_columns[p + 1] - self._first_columns[p])], HIDDEN_FIELDS)
         self.outputs = self._table([(*paths, *columns) for paths, columns in zip(self._output_ranges, self._output_columns)],
                                    OUTPUT_FIELDS)
         self.targets = self._table([(*paths, first) for paths, first in zip(self._source_ranges, self._mask_first)],
@@ -120,6 +126,20 @@ class Plan:
                             for start in starts]
             self._chunks[key] = self._table(records, CHUNK_FIELDS), len(records)
         return self._chunks[key]
+
+    @functools.cached_property
+    def _ranges(self) -> dict[tuple[int, int], tuple[Tensor, int]]:
+        return {}
+
+    def ranges(self, block: int, width: int) -> tuple[Tensor, int]:
+        """Outputs cut in ranges of ``width`` columns, for each chunk of ``block`` packed ones: the table and its length."""
+        key = (block, width)
+        if key not in self._ranges:
+            ranges = [(index, start, min(start + block, end), first_n, first_n // width)
+                      for index, (first, end) in enumerate(self._output_columns) for start in range(first, end, block)
+                      for first_n in range(0, self._structure.out_features[index], width)]
+            self._ranges[key] = self._table(ranges, RANGE_FIELDS), len(ranges)
+        return self._ranges[key]
 
     @functools.cached_property
     def _works(self) -> dict[tuple, tuple[Tensor, int, Tensor, int]]:

@@ -1,0 +1,144 @@
+"""What patching adds to a model, and how it is found: also inside wrappers and in copies."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from numbers import Integral
+
+import torch
+from torch import Tensor, nn
+
+from heterolora_kernels import distributed
+from heterolora_kernels.config import HeteroLoraConfig
+from heterolora_kernels.freezing import StepHooks
+from heterolora_kernels.layers import Path, Switches
+
+#: Where it stands in the ``__dict__`` of the patched module.
+STATE_NAME = "_heterolora_state"
+
+
+@dataclass
+class HeteroLoraState:
+    """What patching added to a model; lives in the model's ``__dict__``.
+
+    Attributes:
+        paths: ``{name: Path}``, LoRA first, then shortcuts, each in the order of the model's modules.
+        linears: patched linears and norms.
+        layers, stacks: modules whose class was changed for the shortcuts.
+        hooks: ``(module, id of its forward pre-hook)``.
+        requires_grad: flags of the parameters before patching, by name.
+        step_hooks: the optimizer hooks (freezing, ledger, counting).
+        overrides: names of attributes that were put into the model's ``__dict__`` later, and go with the patch.
+    """
+
+    config: HeteroLoraConfig
+    switches: Switches
+    paths: dict[str, Path] = field(default_factory=dict)
+    linears: list[nn.Module] = field(default_factory=list)
+    layers: list[nn.Module] = field(default_factory=list)
+    stacks: list[nn.Module] = field(default_factory=list)
+    hooks: list[tuple[nn.Module, int]] = field(default_factory=list)
+    requires_grad: dict[str, bool] = field(default_factory=dict)
+    step_hooks: StepHooks = field(default_factory=StepHooks)
+    overrides: list[str] = field(default_factory=list)
+    _model: weakref.ref | None = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_model": None}
+
+    def __post_init__(self) -> None:
+        self._register_hooks()
+
+    def __setstate__(self, state: dict) -> None:
+        # A copy gets hooks of its own: it is trained by optimizers of its own.
+        self.__dict__.update(state)
+        self._register_hooks()
+
+    def _register_hooks(self) -> None:
+        self.step_hooks.register(weakref.ref(self))
+
+    def renew_hooks(self) -> None:
+        """The optimizer hooks are there, once, whatever became of them."""
+        self.step_hooks.remove()
+        self._register_hooks()
+
+    @property
+    def device(self) -> torch.device:
+        """Where numbers about all paths are brought together: the first path's device."""
+        return next(iter(self.paths.values())).lora_A.device
+
+    def belongs_to(self, model: nn.Module) -> None:
+        """Know the model, also as a copy."""
+        self._model = weakref.ref(model)
+
+    def reshard(self) -> None:
+        """Let FSDP2 put the sharded parameters in their places, those that optimizers hold."""
+        model = None if self._model is None else self._model()
+        if model is not None:
+            distributed.reshard(model)
+
+    def write_masks(self) -> None:
+        """Bring the derived tensors of every module in line with the masks."""
+        for module in self.linears:
+            module._heterolora.write_masks()
+
+    def rows(self) -> dict[str, tuple[bool, ...]]:
+        """Which rows of each path are active."""
+        return {name: path.active_rows() for name, path in self.paths.items()}
+
+    def masks_of(self, ranks: Mapping[str, int | Tensor | Iterable[bool]]) -> dict[str, Tensor]:
+        """The bool masks [r] that ``{path: first k rows or mask}`` means.
+
+        Raises:
+            ValueError: an unknown path, or a rank outside 0 ... r.
+        """
+        masks: dict[str, Tensor] = {}
+        for name, value in ranks.items():
+            if name not in self.paths:
+                raise ValueError(f"ranks: there is no path {name!r}")
+            path = self.paths[name]
+            if isinstance(value, Integral) and not isinstance(value, bool):
+                if not 0 <= value <= path.r:
+                    raise ValueError(f"ranks[{name!r}] must be in 0 ... {path.r}, got {value}")
+                masks[name] = torch.arange(path.r, device="cpu") < int(value)
+            else:
+                mask = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
+                if mask.dtype != torch.bool or tuple(mask.shape) != (path.r,):
+                    raise ValueError(f"ranks[{name!r}] must be an int or a bool mask of shape [{path.r}], "
+                                     f"got {mask.dtype} of shape {list(mask.shape)}")
+                masks[name] = mask
+        return masks
+
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The patched module inside DDP's and torch.compile's wrappers."""
+    while STATE_NAME not in model.__dict__:
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        if not isinstance(inner, nn.Module):
+            raise ValueError("model is not patched: call apply_heterolora(model, config) first")
+        model = inner
+    return model
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether a model, wrapped or not, is patched."""
+    try:
+        unwrap(model)
+    except ValueError:
+        return False
+    return True
+
+
+def state_of(model: nn.Module) -> HeteroLoraState:
+    """The patched model's state.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    inner = unwrap(model)
+    state = inner.__dict__[STATE_NAME]
+    state.belongs_to(inner)
+    return state

@@ -1,0 +1,69 @@
+"""Putting things back: after a failure, or in any case. An interrupt counts as a failure, wherever it comes.
+
+``undo`` is a function that may be called twice: it is called once more if an interrupt comes while it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+Undo = Callable[[], None]
+
+
+@contextmanager
+def undone_on_failure(undo: Undo) -> Iterator[None]:
+    """Call ``undo`` if the block fails."""
+    try:
+        yield
+    except BaseException:
+        undo()
+        raise
+
+
+@contextmanager
+def put_back(undo: Undo) -> Iterator[None]:
+    """Call ``undo`` when the block ends, in whatever way."""
+    try:
+        yield
+        undo()
+    except BaseException:
+        undo()
+        raise
+
+
+def values_of(tensors: Iterable[Tensor]) -> Undo:
+    """Gives the tensors the values back that they have now."""
+    before = [(tensor, tensor.detach().clone()) for tensor in tensors]
+
+    @torch.no_grad()
+    def undo() -> None:
+        for tensor, values in before:
+            tensor.copy_(values)
+    return undo
+
+
+def structure_of(model: nn.Module) -> Undo:
+    """Gives every module of the model its class, attributes, children, hooks and tensors back, and every parameter its flag.
+
+    Values are not kept.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    kept = [(module, type(module), dict(module.__dict__),
+             [(table, dict(table)) for table in module.__dict__.values() if isinstance(table, dict)])
+            for module in model.modules()]
+
+    def undo() -> None:
+        for module, cls, attributes, tables in kept:
+            module.__class__ = cls
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for table, entries in tables:
+                table.clear()
+                table.update(entries)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+    return undo
