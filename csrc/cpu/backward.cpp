@@ -210,17 +210,13 @@ private:
             const int64_t width = round_up(lanes_.output_width[i], e_.lanes);
             lora_B_.push_back(shared_.zeroed(width * e_.units(g_.outputs[i].columns)));
         }
-        parallel_.run(2 * g_.paths.size(), [&](int64_t i) {
-            const int64_t p = i / 2;
+        parallel_.run(g_.paths.size(), [&](int64_t p) {
             const Path& path = g_.paths[p];
             if (path.rows == 0) return;
             const Output& output = g_.outputs[path.output];
             const Source& source = g_.sources[path.source];
-            if (i % 2 == 0) {
-                e_.pack_columns(path.lora_B, output.columns, path.rows, lora_B_[path.output] + lanes_.of_output[p],
-                                round_up(lanes_.output_width[path.output], e_.lanes));
-                return;
-            }
+            e_.pack_columns(path.lora_B, output.columns, path.rows, lora_B_[path.output] + lanes_.of_output[p],
+                            round_up(lanes_.output_width[path.output], e_.lanes));
             if (source.grad == nullptr) return;
             pack_path(e_, path, path.lora_A, false, source.columns, lanes_.of_source[p], lanes_.source_width[path.source],
                       lora_A_[path.source]);

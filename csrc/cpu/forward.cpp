@@ -193,16 +193,13 @@ private:
             const int64_t padded = round_up(g_.outputs[i].columns, e_.panel());
             lora_B_.push_back(shared_.zeroed(padded * e_.units(lanes_.output_width[i])));
         }
-        parallel_.run(2 * g_.paths.size(), [&](int64_t i) {
-            const int64_t p = i / 2;
+        parallel_.run(g_.paths.size(), [&](int64_t p) {
             const Path& path = g_.paths[p];
             if (path.rows == 0) return;
             const Source& source = g_.sources[path.source];
-            if (i % 2 == 0) {
-                if (dots_A()) return;
+            if (!dots_A()) {
                 e_.pack_rows(path.lora_A, path.rows, source.columns, lora_A_[path.source] + lanes_.of_source[p],
                              round_up(lanes_.source_width[path.source], e_.lanes));
-                return;
             }
             pack_path(e_, path, path.lora_B, true, g_.outputs[path.output].columns, lanes_.of_output[p],
                       lanes_.output_width[path.output], lora_B_[path.output]);
