@@ -15,7 +15,7 @@ struct Avx512 {
     using F = __m512;
     using U = __m512i;
 
-    // Half of a vector: twice as many of them are multiplied in a cycle.
+    // Half of a vector.
     struct Half {
         using F = __m256;
         using U = __m256i;
@@ -35,6 +35,15 @@ struct Avx512 {
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
     }
     static F load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+    // The first bytes or values alone, zeros behind them.
+    static U load_some_units(const void* p, int64_t bytes) { return _mm512_maskz_loadu_epi8(bytes < 64 ? (1ull << bytes) - 1 : ~0ull, p); }
+    static F load_some_bf16(const void* p, int64_t count) {
+        const __m256i half = _mm512_castsi512_si256(load_some_units(p, 2 * count));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    }
+    static F load_some_f16(const void* p, int64_t count) {
+        return _mm512_cvtph_ps(_mm512_castsi512_si256(load_some_units(p, 2 * count)));
+    }
     static void store(float* p, F f) { _mm512_storeu_ps(p, f); }
     static __m256i to_bf16(F f) {
         const U bits = _mm512_castps_si512(f);
@@ -63,6 +72,26 @@ struct Avx512 {
         _mm512_mask_storeu_epi32(p, static_cast<__mmask16>((1u << count) - 1), u);
     }
     static U broadcast(const uint32_t* p) { return _mm512_set1_epi32(static_cast<int>(*p)); }
+    // Two units in every other lane each; one unit in every other lane, zeros between.
+    static U broadcast_pair(const uint32_t* p) {
+        int64_t pair;
+        __builtin_memcpy(&pair, p, 8);
+        return _mm512_set1_epi64(pair);
+    }
+    static U broadcast_first(const uint32_t* p) { return _mm512_maskz_set1_epi32(0x5555, static_cast<int>(*p)); }
+    // Half a vector: the sums of neighbouring lanes.
+    static void store_folded(float* p, F f) {
+        const F sums = _mm512_add_ps(f, _mm512_permute_ps(f, 0xB1));
+        _mm256_storeu_ps(p, _mm512_castps512_ps256(_mm512_permutexvar_ps(_mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 14, 12, 10, 8, 6, 4, 2, 0), sums)));
+    }
+    // Two halves lane by lane, in the place of the first; no second: zeros.
+    static void pair_halves(uint32_t* first, const uint32_t* second) {
+        const __m256i zeros = _mm256_setzero_si256();
+        const U low = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first)));
+        const U high = _mm512_castsi256_si512(second == nullptr ? zeros : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second)));
+        const U places = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+        _mm512_storeu_si512(first, _mm512_permutex2var_epi32(low, places, high));
+    }
     static void transpose(U* r) {
         U t[16], s[16];
         for (int i = 0; i < 16; i += 2) {

@@ -67,7 +67,7 @@ public:
                 continue;
             }
             Left left = key == 0 ? x_rows(scratch, from) : Left{};
-            if (key != 0 && !g_.dropout && e_.reads_in_place(source.values, source.columns)) {
+            if (key != 0 && in_place_for_hidden(key)) {
                 left = in_place(source.values.at(row, 0));
             } else if (key != 0 || g_.dropout || left.data == nullptr) {
                 auto* dropped = slots.take<uint32_t>(e_.strip_rows(rows) * e_.units(source.columns));
@@ -139,6 +139,12 @@ private:
         return g_.rows > few_rows && (g_.has_weights() || !g_.dropout) && e_.reads_in_place(g_.sources[0].values, g_.sources[0].columns);
     }
 
+    // Whether hidden is computed from a source's rows as they lie.
+    bool in_place_for_hidden(size_t key) const {
+        if (g_.dropout) return false;
+        return key == 0 ? x_in_place() : e_.reads_in_place(g_.sources[key].values, g_.sources[key].columns);
+    }
+
     // Rows of x from row `from` of the block on; no data where x was not packed.
     Left x_rows(const Scratch& scratch, int64_t from) const {
         if (x_in_place()) return in_place(g_.sources[0].values.at(scratch.first + from, 0));
@@ -198,6 +204,9 @@ private:
             pack_path(e_, path, path.lora_B, true, g_.outputs[path.output].columns, lanes_.of_output[p],
                       lanes_.output_width[path.output], lora_B_[path.output]);
         });
+        for (size_t key = 0; !dots_A() && key < g_.sources.size(); ++key) {
+            finish_low_rank_panel(e_, lora_A_[key], lanes_.source_width[key], e_.units(g_.sources[key].columns), in_place_for_hidden(key));
+        }
     }
 
     void draw_keep(const Source& source, size_t key, int64_t row, int64_t rows) const {

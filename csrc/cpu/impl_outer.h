@@ -159,9 +159,11 @@ void outer(const Outer& o) {
     const bool wide = o.count <= FEW && o.count > 0 && o.keep.bits == nullptr && has_units<Unit>(o.u.dtype);
     for (int64_t column = wide ? outer_wide_columns<I, Unit, FEW>(o) : 0; column < o.columns; column += 2 * W) {
         const int64_t width = o.columns - column < 2 * W ? o.columns - column : 2 * W;
-        for (int first = 0; first < o.count; first += I::MAX_ROWS) {
+        // Parts of nearly equal size: one of few coefficients takes as long to read its rows as one of many.
+        const int parts = (o.count + I::MAX_ROWS - 1) / I::MAX_ROWS;
+        for (int first = 0, i = 0; i < parts; first += (o.count - first) / (parts - i), ++i) {
             Outer part = o;
-            part.count = o.count - first < I::MAX_ROWS ? o.count - first : I::MAX_ROWS;
+            part.count = (o.count - first) / (parts - i);
             part.coef = o.coef + first;
             part.u = o.u.at(0, column);
             part.keep = o.keep.at(0, column);

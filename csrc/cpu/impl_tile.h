@@ -39,6 +39,7 @@ template <class I, class Unit, DType D, int ROWS, int VECTORS>
     constexpr int W = I::W;
     using T = typename Storage<D>::type;
     if (t.bias.data != nullptr) {
+#pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) {
             const typename I::F bias = bias_of<I>(t, v * W);
 #pragma GCC unroll 16
@@ -143,12 +144,26 @@ template <class I, class Unit, bool IN_PLACE, int ROWS, int VECTORS>
 
 template <class I, int ROWS, int VECTORS>
 [[gnu::always_inline]] inline void keep_sums(const Tile& t, typename I::F (&sum)[ROWS][VECTORS]) {
+#pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
         const uint64_t bits = bits_at(t.keep.bits + i * t.keep.ld, 0, t.columns);
+#pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) sum[i][v] = I::keep(sum[i][v], bits >> (v * I::W));
     }
 }
 
+// A tile with a base or less than whole vectors of columns, its sums [rows][vectors][W].
+template <class I, int VECTORS>
+[[gnu::noinline]] void store_parts(const Tile& t, int rows, const float* sums) {
+    constexpr int W = I::W;
+    for (int v = 0; v < VECTORS && v * W < t.columns; ++v) {
+        const typename I::F bias = bias_of<I>(t, v * W);
+        for (int i = 0; i < rows; ++i) finish_vector<I>(t, i, v * W, I::load(sums + (i * VECTORS + v) * W), bias);
+    }
+}
+
+// Every loop over the sums is unrolled and nothing takes their address: otherwise they would lie in memory between segments, and
+// storing and reading them again takes as long as 8 units of products.
 template <class I, class Unit, int ROWS, int VECTORS>
 void tile_of(const Tile& t) {
     using F = typename I::F;
@@ -156,7 +171,9 @@ void tile_of(const Tile& t) {
     F sum[ROWS][VECTORS], ended[ROWS][VECTORS];   // the chain that runs, and those that ended
     bool any_ended = false;
     prefetch_out(t, ROWS);
+#pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) sum[i][v] = I::zero();
     }
     for (int s = 0; s < t.num_segments; ++s) {
@@ -186,19 +203,22 @@ void tile_of(const Tile& t) {
             default: return store_whole<I, Unit, DType::f16>(t, sum);
         }
     }
-    for (int v = 0; v < VECTORS && v * W < t.columns; ++v) {
-        const F bias = bias_of<I>(t, v * W);
-        for (int i = 0; i < ROWS; ++i) finish_vector<I>(t, i, v * W, sum[i][v], bias);
+    alignas(64) float sums[ROWS * VECTORS * W];
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) I::store(sums + (i * VECTORS + v) * W, sum[i][v]);
     }
+    store_parts<I, VECTORS>(t, ROWS, sums);
 }
 
-// Rows times half a vector of columns, into float32: a path of rank 8 or less.
-template <class I, bool CHAINS, bool IN_PLACE, int ROWS>
+// Rows of a strip times half a vector of columns, into float32: a path of rank 8 or less.
+template <class I, bool CHAINS, int ROWS>
 void half_tile_of(const Tile& t) {
     using H = typename I::Half;
     typename H::F sum[ROWS], ended[ROWS];
     const Segment segment = t.segments[0];
-    LeftRows<ROWS, IN_PLACE> left(segment.a);
+    LeftRows<ROWS, false> left(segment.a);
     const uint32_t* b = segment.b;
     for (int i = 0; i < ROWS; ++i) sum[i] = ended[i] = H::zero();
     for (int64_t rest = segment.units; rest > 0; rest -= float_chain) {
@@ -217,14 +237,59 @@ void half_tile_of(const Tile& t) {
     for (int i = 0; i < ROWS; ++i) H::store(static_cast<float*>(t.out) + i * t.out_ld, CHAINS ? ended[i] : sum[i]);
 }
 
+// The same for rows of a matrix, where two units of a row follow each other: a whole vector multiplies both with the two units
+// of a column that pair_units has put side by side. Half a vector takes a processor as long as a whole one.
+template <class I, class Unit, int ROWS>
+void paired_tile_of(const Tile& t) {
+    using F = typename I::F;
+    using U = typename I::U;
+    constexpr int64_t chain = float_chain / 2;
+    F sum[ROWS], ended[ROWS];
+    const Segment segment = t.segments[0];
+    LeftRows<ROWS, true> left(segment.a);
+    const uint32_t* b = segment.b;
+    const int64_t pairs = segment.units / 2;
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) sum[i] = ended[i] = I::zero();
+    for (int64_t first = 0; first < pairs; first += chain) {
+        const int64_t end = Unit::unit == 2 || pairs - first < chain ? pairs : first + chain;
+        for (int64_t p = first; p < end; ++p, b += 2 * segment.b_stride) {
+            const U right = I::load_units(b);
+#pragma GCC unroll 16
+            for (int i = 0; i < ROWS; ++i) sum[i] = Unit::mac(sum[i], I::broadcast_pair(left.at(i)), right);
+            left.next();
+            left.next();
+        }
+        if (end == pairs) break;
+#pragma GCC unroll 16
+        for (int i = 0; i < ROWS; ++i) {
+            ended[i] = I::add(ended[i], sum[i]);
+            sum[i] = I::zero();
+        }
+    }
+    if (segment.units % 2 != 0) {
+        const U right = I::load_units(b);
+#pragma GCC unroll 16
+        for (int i = 0; i < ROWS; ++i) sum[i] = Unit::mac(sum[i], I::broadcast_first(left.at(i)), right);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) I::store_folded(static_cast<float*>(t.out) + i * t.out_ld, I::add(ended[i], sum[i]));
+}
+
+// Units 2 p and 2 p + 1 of half a vector of columns side by side, in the place of unit 2 p.
+template <class I>
+void pair_units(uint32_t* panel, int64_t units, int64_t stride) {
+    for (int64_t u = 0; u < units; u += 2) I::pair_halves(panel + u * stride, u + 1 < units ? panel + (u + 1) * stride : nullptr);
+}
+
 template <class I, class = void> struct HasHalf : std::false_type {};
 template <class I> struct HasHalf<I, std::void_t<typename I::Half>> : std::true_type {};
 
 template <class I, class Unit, int... ROWS>
 void half_tile(const Tile& t, std::integer_sequence<int, ROWS...>) {
     if constexpr (HasHalf<I>::value) {
-        static constexpr void (*of[2][sizeof...(ROWS)])(const Tile&) = {{half_tile_of<I, Unit::unit == 1, false, ROWS + 1>...},
-                                                                       {half_tile_of<I, Unit::unit == 1, true, ROWS + 1>...}};
+        static constexpr void (*of[2][sizeof...(ROWS)])(const Tile&) = {{half_tile_of<I, Unit::unit == 1, ROWS + 1>...},
+                                                                       {paired_tile_of<I, Unit, ROWS + 1>...}};
         of[t.segments[0].a.row_bytes != 0][t.rows - 1](t);
     }
 }

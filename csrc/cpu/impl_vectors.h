@@ -36,9 +36,20 @@ inline void store_floats(void* data, DType dtype, int64_t index, typename I::F v
     }
 }
 
+template <class I, class = void> struct HasPartialLoads : std::false_type {};
+template <class I> struct HasPartialLoads<I, std::void_t<decltype(sizeof(I::load_some_bf16(nullptr, 0)))>> : std::true_type {};
+
 // The first `count` < W values, zeros behind them; reads nothing beyond.
 template <class I>
 inline typename I::F load_some(const void* data, DType dtype, int64_t index, int64_t count) {
+    if constexpr (HasPartialLoads<I>::value) {
+        const void* from = static_cast<const char*>(data) + index * size_of(dtype);
+        switch (dtype) {
+            case DType::f32: return I::as_floats(I::load_some_units(from, 4 * count));
+            case DType::bf16: return I::load_some_bf16(from, count);
+            default: return I::load_some_f16(from, count);
+        }
+    }
     alignas(64) char buffer[4 * I::W] = {};
     const int64_t size = size_of(dtype);
     __builtin_memcpy(buffer, static_cast<const char*>(data) + index * size, count * size);
@@ -93,6 +104,16 @@ struct PairUnit {
     using U = typename I::U;
     static F mac(F acc, U a, U b) { return I::dot(acc, a, b); }
 
+    static U load_some_halves(const uint16_t* from, int64_t count) {
+        if constexpr (HasPartialLoads<I>::value) {
+            return I::load_some_units(from, 2 * count);
+        } else {
+            alignas(64) uint16_t buffer[2 * I::W] = {};
+            __builtin_memcpy(buffer, from, 2 * count);
+            return I::load_units(buffer);
+        }
+    }
+
     static U along(Matrix source, int64_t row, int64_t index, int64_t count, Keep keep) {
         const int64_t first = row * source.ld + index;
         U value;
@@ -100,9 +121,7 @@ struct PairUnit {
             if (count >= 2 * I::W) {
                 value = I::load_units(static_cast<const uint16_t*>(source.data) + first);
             } else {
-                alignas(64) uint16_t buffer[2 * I::W] = {};
-                __builtin_memcpy(buffer, static_cast<const uint16_t*>(source.data) + first, 2 * count);
-                value = I::load_units(buffer);
+                value = load_some_halves(static_cast<const uint16_t*>(source.data) + first, count);
             }
         } else {
             F low = count >= I::W ? load_floats<I>(source.data, source.dtype, first)
