@@ -334,6 +334,14 @@ def test_hooks_on_the_base_layer_run(monkeypatch):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+def test_no_call_depends_on_the_default_device():
+    model = hlk.accelerate_peft(get_peft_model(nn.Sequential(nn.Linear(9, 7)).double(), lora(target_modules=["0"])))
+    x = torch.randn(2, 9, dtype=torch.float64)
+    with torch.device("meta"):
+        out = model(x)
+    assert torch.equal(out, model(x))
+
+
 def test_wrong_input_has_the_error_of_peft():
     plain = get_peft_model(nn.Sequential(nn.Linear(9, 7)), lora(target_modules=["0"]))
     errors = []
