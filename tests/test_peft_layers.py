@@ -359,6 +359,17 @@ def test_model_without_peft_is_refused():
         hlk.accelerate_peft("llama")
 
 
+@pytest.mark.parametrize("accelerate", [False, True], ids=["plain", "accelerated"])
+def test_patching_a_model_of_peft_is_refused_until_its_adapters_are_off(accelerate):
+    model = wrapped(target_modules=["q_proj"])
+    if accelerate:
+        hlk.accelerate_peft(model)
+    with pytest.raises(ValueError, match=r"model has adapters of PEFT.*unload\), or merge them"):
+        hlk.apply_heterolora(model, hlk.HeteroLoraConfig(search="off"))
+    base = hlk.apply_heterolora(model.merge_and_unload(), hlk.HeteroLoraConfig(search="off"))
+    assert sum(hasattr(module, "lora_A") for module in base.modules()) == LINEARS
+
+
 def test_compiled_model_is_one_graph():
     torch.manual_seed(0)
     model = get_peft_model(nn.Sequential(nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 7)), lora(target_modules=["0", "2"]))
