@@ -61,8 +61,11 @@ class _Fusion:
             return _vectors(device, ranks, paths.scaling)
         # Plain tensors whatever mode the call runs in: an inference tensor cannot be saved for a backward.
         with torch.inference_mode(False):
-            self._made = made = key, _vectors(device, ranks, paths.scaling)
-        return made[1]
+            vectors = _vectors(device, ranks, paths.scaling)
+        # Not those of FakeTensorMode.
+        if type(vectors[0]) is Tensor:
+            self._made = key, vectors
+        return vectors
 
 
 def _vectors(device: torch.device, ranks: list[int], scaling: list[float]) -> tuple[Tensor, Tensor, Tensor]:

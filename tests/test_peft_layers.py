@@ -25,6 +25,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear, LoraLayer
 from safetensors.torch import load_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import Trainer, TrainingArguments
 
 import heterolora_kernels as hlk
@@ -340,6 +341,15 @@ def test_no_call_depends_on_the_default_device():
     with torch.device("meta"):
         out = model(x)
     assert torch.equal(out, model(x))
+
+
+def test_vectors_of_a_call_without_memory_are_not_kept():
+    model = hlk.accelerate_peft(get_peft_model(nn.Sequential(nn.Linear(9, 7)), lora(target_modules=["0"])))
+    model.add_adapter("second", lora(target_modules=["0"], r=3))
+    model.set_adapter("second")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(model(torch.randn(2, 9)), FakeTensor)
+    assert type(model(torch.randn(2, 9))) is torch.Tensor
 
 
 def test_wrong_input_has_the_error_of_peft():
