@@ -182,6 +182,8 @@ def lora_delta(base_out: Tensor, sources: Sequence[Tensor], lora_A: Sequence[Ten
     Raises:
         ValueError, TypeError: name the argument.
     """
+    if x is None and path_source is not None and -1 in path_source:
+        raise ValueError("x must be given where path_source has -1, got None")
     flat = _flat(base_out)
     # Where no path reads x it only tells M and the dtype: detached, it asks for no gradient and is no duplicate input.
     outs = call_lora_delta(
