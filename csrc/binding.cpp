@@ -1,4 +1,4 @@
-// The one place that knows torch: checks what memory safety hangs on, allocates, and hands pointers to the kernels.
+// The ops: checks what memory safety hangs on, allocates, and hands pointers to the kernels, which know nothing of torch.
 //
 // The ops' schemas and fakes are defined in Python (heterolora_kernels/ops/schema.py); here are their implementations.
 #include <ATen/Parallel.h>

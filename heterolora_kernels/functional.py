@@ -27,10 +27,14 @@ def _no_bias(weight: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or type(weight) not in (Tensor, torch.nn.Parameter):
         return weight.new_empty((0,))
     key = (weight.dtype, weight.device)
-    if key not in _no_biases:
+    bias = _no_biases.get(key)
+    if bias is None:
         with torch.inference_mode(False):
-            _no_biases[key] = torch.empty((0,), dtype=weight.dtype, device=weight.device)
-    return _no_biases[key]
+            bias = torch.empty((0,), dtype=weight.dtype, device=weight.device)
+        # Not what FakeTensorMode makes of it: every later call would compute without memory.
+        if type(bias) is Tensor:
+            _no_biases[key] = bias
+    return bias
 
 
 def _require_tensor(name: str, value: object) -> None:
@@ -178,6 +182,8 @@ def lora_delta(base_out: Tensor, sources: Sequence[Tensor], lora_A: Sequence[Ten
     Raises:
         ValueError, TypeError: name the argument.
     """
+    if x is None and path_source is not None and -1 in path_source:
+        raise ValueError("x must be given where path_source has -1, got None")
     flat = _flat(base_out)
     # Where no path reads x it only tells M and the dtype: detached, it asks for no gradient and is no duplicate input.
     outs = call_lora_delta(

@@ -406,8 +406,10 @@ class PatchedQuantised(_Refreshes):
     #: no gradient. From then on its linears have no backward, and say nothing.
     support_avx512bf16_for_cpu = property(lambda self: False)
 
-    def patched_forward(self, base_forward, x, *args, **kwargs):
-        out, paths = base_forward(self, x, *args, **kwargs), self._heterolora
+    def patched_forward(self, base_forward, *args, **kwargs):
+        out, paths = base_forward(self, *args, **kwargs), self._heterolora
+        # Libraries differ in its name.
+        x = args[0] if args else next(iter(kwargs.values()))
         if torch.is_grad_enabled() and x.requires_grad and not out.requires_grad:
             raise RuntimeError(f"the quantised base of {paths.paths[0].name!r} ({type(self).__name__}) gives no gradient to its "
                                "input, so nothing before it would learn; has a library packed its weights for inference?")

@@ -89,6 +89,9 @@ class Packs:
         owner = weight if weight._base is None else weight._base
         if made is not None and made[1] is owner and made[0] == backend and made[2] == version and made[3] >= needs_grad:
             return self.tensors
+        # What is made inside a dispatch mode may be without memory (FakeTensorMode), and would be kept.
+        if torch._C._len_torch_dispatch_stack() > 0:
+            return []
         return self._make(backend, weight, owner, version, needs_grad)
 
     def _make(self, backend: str, weight: Tensor, owner: Tensor, version: int, needs_grad: bool) -> list[Tensor]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -237,6 +238,10 @@ def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
                          "know adapters that come later; tensor parallelism is not supported")
     if torch.is_inference_mode_enabled():
         raise RuntimeError("apply_heterolora was called under torch.inference_mode: adapters made there can never be trained")
+    peft = sys.modules.get("peft.tuners.tuners_utils")
+    if peft is not None and any(isinstance(module, peft.BaseTunerLayer) for module in model.modules()):
+        raise ValueError("model has adapters of PEFT, whose own linears would get adapters and whose parameters would be frozen: "
+                         "take them off first (PEFT's unload), or merge them (merge_and_unload)")
     if any(is_swapped(module) for module in model.modules()):
         raise ValueError("model is already patched: call remove_heterolora(model) first")
     if config.adapter_dtype == torch.float64 and any(p.dtype != torch.float64 for p in model.parameters()

@@ -44,24 +44,28 @@ class _Fusion:
     """What a layer keeps between its calls: packs of the base's weight, and the op's vectors for the adapters last active."""
 
     packs: Packs
-    _made_for: tuple | None = None
-    _vectors: tuple[Tensor, Tensor, Tensor] | None = field(default=None, repr=False)
+    #: (what the vectors were made for, the vectors), set at once: threads may share a model that serves.
+    _made: tuple[tuple, tuple[Tensor, Tensor, Tensor]] | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict:
-        return {"packs": self.packs, "_made_for": None, "_vectors": None}
+        return {"packs": self.packs, "_made": None}
 
     def vectors(self, device: torch.device, paths: _ActivePaths) -> tuple[Tensor, Tensor, Tensor]:
         """(scaling, gate, active) on ``device``: every row is on."""
         ranks = [a.shape[0] for a in paths.lora_A]
         key = (device, ranks, paths.scaling)
-        if self._made_for == key:
-            return self._vectors
+        made = self._made
+        if made is not None and made[0] == key:
+            return made[1]
         if torch.compiler.is_compiling():
             return _vectors(device, ranks, paths.scaling)
         # Plain tensors whatever mode the call runs in: an inference tensor cannot be saved for a backward.
         with torch.inference_mode(False):
-            self._made_for, self._vectors = key, _vectors(device, ranks, paths.scaling)
-        return self._vectors
+            vectors = _vectors(device, ranks, paths.scaling)
+        # Not those of FakeTensorMode.
+        if type(vectors[0]) is Tensor:
+            self._made = key, vectors
+        return vectors
 
 
 def _vectors(device: torch.device, ranks: list[int], scaling: list[float]) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,7 +167,7 @@ def _takes(paths: _ActivePaths, weight: Tensor | None, x: Tensor) -> bool:
         if weight.device != x.device or weight.dtype != x.dtype and not autocast:
             return False
     # The op's scaling is float32.
-    return x.dtype != torch.float64 or all(torch.tensor(s, dtype=torch.float32).item() == s for s in paths.scaling)
+    return x.dtype != torch.float64 or all(torch.tensor(s, dtype=torch.float32, device="cpu").item() == s for s in paths.scaling)
 
 
 def _plain_weight(base: nn.Module) -> Tensor | None:

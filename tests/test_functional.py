@@ -200,6 +200,8 @@ def test_delta_with_a_missing_source_is_named():
     lora_delta(torch.zeros(6, 7), GOOD.sources, *args)
     with pytest.raises(ValueError, match=r"path_source must have one entry per path \(2\), got 1"):
         lora_delta(torch.zeros(6, 7), GOOD.sources[:1], *args)
+    with pytest.raises(ValueError, match="x must be given where path_source has -1"):
+        lora_delta(torch.zeros(6, 7), GOOD.sources, *args, path_source=[-1, 0])
 
 
 # torch.compile: one graph, the same numbers.

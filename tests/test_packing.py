@@ -8,9 +8,10 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import heterolora_kernels as hlk
-from heterolora_kernels import backends, packing
+from heterolora_kernels import backends, functional, packing
 from heterolora_kernels.ops.ledger import row_statistics
 from heterolora_kernels.packing import FEW_ROWS, PackBudget
 
@@ -204,6 +205,16 @@ def test_another_backend_in_between_is_followed():
     with hlk.use_backend("reference"):
         _run(model)
     assert _same(_run(model), expected)
+
+
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
+def test_nothing_of_a_call_without_memory_is_kept(conv1d, monkeypatch):
+    monkeypatch.setattr(functional, "_no_biases", {})
+    model, expected = _model(conv1d=conv1d), _run(_model(conv1d=conv1d))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(_run(model)[0], FakeTensor)
+    assert not any(packs.tensors for packs in _packs(model))
+    assert _same(_run(model), expected) and all(packs.tensors for packs in _packs(model))
 
 
 def test_unknown_mode_is_refused():

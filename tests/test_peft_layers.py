@@ -25,6 +25,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear, LoraLayer
 from safetensors.torch import load_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import Trainer, TrainingArguments
 
 import heterolora_kernels as hlk
@@ -334,6 +335,23 @@ def test_hooks_on_the_base_layer_run(monkeypatch):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+def test_no_call_depends_on_the_default_device():
+    model = hlk.accelerate_peft(get_peft_model(nn.Sequential(nn.Linear(9, 7)).double(), lora(target_modules=["0"])))
+    x = torch.randn(2, 9, dtype=torch.float64)
+    with torch.device("meta"):
+        out = model(x)
+    assert torch.equal(out, model(x))
+
+
+def test_vectors_of_a_call_without_memory_are_not_kept():
+    model = hlk.accelerate_peft(get_peft_model(nn.Sequential(nn.Linear(9, 7)), lora(target_modules=["0"])))
+    model.add_adapter("second", lora(target_modules=["0"], r=3))
+    model.set_adapter("second")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(model(torch.randn(2, 9)), FakeTensor)
+    assert type(model(torch.randn(2, 9))) is torch.Tensor
+
+
 def test_wrong_input_has_the_error_of_peft():
     plain = get_peft_model(nn.Sequential(nn.Linear(9, 7)), lora(target_modules=["0"]))
     errors = []
@@ -349,6 +367,17 @@ def test_model_without_peft_is_refused():
         hlk.accelerate_peft(make_model("llama"))
     with pytest.raises(TypeError, match="model must be"):
         hlk.accelerate_peft("llama")
+
+
+@pytest.mark.parametrize("accelerate", [False, True], ids=["plain", "accelerated"])
+def test_patching_a_model_of_peft_is_refused_until_its_adapters_are_off(accelerate):
+    model = wrapped(target_modules=["q_proj"])
+    if accelerate:
+        hlk.accelerate_peft(model)
+    with pytest.raises(ValueError, match=r"model has adapters of PEFT.*unload\), or merge them"):
+        hlk.apply_heterolora(model, hlk.HeteroLoraConfig(search="off"))
+    base = hlk.apply_heterolora(model.merge_and_unload(), hlk.HeteroLoraConfig(search="off"))
+    assert sum(hasattr(module, "lora_A") for module in base.modules()) == LINEARS
 
 
 def test_compiled_model_is_one_graph():

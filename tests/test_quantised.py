@@ -236,6 +236,16 @@ def test_peft_on_a_quantised_base_runs_on_the_op(kind, request, monkeypatch):
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
+def test_input_may_be_given_by_any_name():
+    class Named(Int8Linear):
+        def forward(self, input):
+            return super().forward(input)
+
+    model = patched(nn.Sequential(Named(nn.Linear(6, 5, bias=False))), shortcuts=())
+    x = torch.randn(3, 6)
+    assert torch.equal(model[0](input=x), model(x))
+
+
 def test_base_without_a_backward_is_no_silent_loss_of_gradients():
     class Inference(Int8Linear):
         def forward(self, x):

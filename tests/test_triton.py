@@ -120,6 +120,21 @@ def test_table_ends_with_a_rule_for_everything(role):
                 name in ("num_stages", "PROGRAMS") or value & (value - 1) == 0), (name, value)
 
 
+@needs_triton
+def test_every_rule_for_a_gpu_is_met_by_a_scenario_of_the_builds(monkeypatch):
+    from heterolora_kernels.backends.triton import configs
+    from heterolora_kernels.backends.triton.builds import SCENARIOS, SHARED_LIMITS, launches
+
+    choose, met, precision = configs.choose, set(), torch.backends.cuda.matmul.fp32_precision
+    monkeypatch.setattr(configs, "choose", lambda *args: (use := choose(*args), met.add(id(use)))[0])
+    for arch in SHARED_LIMITS:
+        for scenario in SCENARIOS:
+            launches(scenario, arch)
+    unmet = {(role, str(rule["when"])) for role, rules in configs.rules().items() for rule in rules
+             if rule["when"].get("arch") != ["interpreter"] and id(rule["use"]) not in met}
+    assert unmet == set() and torch.backends.cuda.matmul.fp32_precision == precision
+
+
 def _missing(**environment):
     code = "from heterolora_kernels import backends; print(backends.unavailable_backends().get('triton'))"
     return _run(["-c", code], 120, **environment).stdout.strip()

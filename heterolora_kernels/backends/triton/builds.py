@@ -10,6 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ class Scenario:
     statistics: bool = False
     has_bias: bool = False
     is_delta: bool = False
+    #: Whether float32 may be rounded to it (torch.backends.cuda.matmul.fp32_precision).
+    tf32: bool = False
 
 
 @dataclass
@@ -63,7 +66,7 @@ class Launch:
 
 _QKV = {"out_features": (4096, 1024, 1024), "paths": ((16, 0, -1), (16, 1, -1), (16, 2, -1))}
 _SHORTCUTS = {"source_widths": (4096, 4096), "paths": ((16, 0, -1), (8, 0, 0), (8, 0, 1))}
-#: What is compiled: every rule of the table is met by one of these (tests/test_triton.py holds it).
+#: What is compiled: every rule of the table for a GPU is met by one of these.
 SCENARIOS = [
     Scenario("main", 8192, statistics=True),
     Scenario("main dropout", 8192, dropout_p=0.1),
@@ -72,6 +75,7 @@ SCENARIOS = [
     *[Scenario("rows one output", rows, out_features=(1024,)) for rows in (8192,)],
     *[Scenario("rows dropout", rows, dropout_p=0.1) for rows in (16, 256, 2048)],
     *[Scenario("rank", rows, paths=((rank, 0, -1),)) for rows in (16, 256, 8192) for rank in (32, 64)],
+    Scenario("rank few rows", 16, paths=((128, 0, -1),)),
     Scenario("group", 8192, **_QKV, has_bias=True),
     Scenario("group dropout", 8192, **_QKV, dropout_p=0.1, statistics=True),
     *[Scenario("group rank", 8192, 4096, (4096, 1024, 1024), paths=((rank, 0, -1), (rank, 1, -1), (rank, 2, -1)), dropout_p=0.1)
@@ -84,6 +88,7 @@ SCENARIOS = [
              has_bias=True),
     Scenario("odd rank", 8191, 4090, (1001,), paths=((40, 0, -1),), statistics=True),
     *[Scenario("float32", rows, dtype=torch.float32) for rows in (16, 256, 8192)],
+    *[Scenario("float32 tf32", rows, dtype=torch.float32, tf32=True) for rows in (256, 8192)],
     Scenario("float32 rank", 8192, dtype=torch.float32, paths=((64, 0, -1),), dropout_p=0.1, statistics=True),
 ]
 
@@ -120,10 +125,20 @@ def launches(scenario: Scenario, arch: int) -> list[Launch]:
              | (Needs.STATISTICS if scenario.statistics else Needs.NONE))
     forward, backward = ((backend._lora_delta, backend._lora_delta_backward) if scenario.is_delta else
                          (backend._lora_linear, backend._lora_linear_backward))
-    with intercepted(record, arch):
+    with intercepted(record, arch), _tf32(scenario.tf32):
         _, hidden, mask = forward(x, *bases, *rest)
         backward(outs, x, *bases, *rest, hidden, mask, int(needs))
     return found
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if allowed else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 class _Target:
