@@ -122,7 +122,7 @@ class StepHooks:
         self.observers: weakref.WeakSet = weakref.WeakSet()
         self.driven = False
         self._handles: list = []
-        weakref.finalize(self, _remove_all, self._handles).atexit = False
+        weakref.finalize(self, _orphans.extend, self._handles).atexit = False
         # (parameter, dimension of its rows, local indices of the inactive ones, {id of tensor: (tensor, their values)})
         self._saved: list[tuple[Tensor, int, Tensor, dict[int, tuple[Tensor, Tensor]]]] = []
         #: ``{parameter: rows}`` whose optimizer state starts anew at the next step.
@@ -149,6 +149,7 @@ class StepHooks:
             if state is not None and own is not None:
                 own._after(state, optimizer)
 
+        remove_orphans()
         self._handles.append(register_optimizer_step_pre_hook(before))
         self._handles.append(register_optimizer_step_post_hook(after))
 
@@ -264,6 +265,16 @@ class StepHooks:
 
 
 def _remove_all(handles: list) -> None:
-    for handle in handles:
+    for handle in list(handles):
         handle.remove()
-    handles.clear()
+        handles.remove(handle)
+
+
+#: Hooks of models that are gone, which do nothing. The garbage collector may find them while torch walks through its hooks, which
+#: fails if one is taken away: they go when the next model is patched.
+_orphans: list = []
+
+
+def remove_orphans() -> None:
+    """Remove the hooks of models that are gone; not while an optimizer steps."""
+    _remove_all(_orphans)

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import weakref
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from torch.optim import optimizer as torch_optimizer
 from transformers.optimization import Adafactor
 
 import heterolora_kernels as hlk
+from heterolora_kernels.freezing import remove_orphans
 
 STEPS = 20
 ELEMENTWISE = {
@@ -294,6 +296,7 @@ def test_models_side_by_side_train_as_alone():
 
 def hook_counts():
     gc.collect()
+    remove_orphans()
     return len(torch_optimizer._global_optimizer_pre_hooks), len(torch_optimizer._global_optimizer_post_hooks)
 
 
@@ -319,6 +322,25 @@ def test_hooks_are_gone_when_the_model_is():
     run(model, optimizer, 2, search=search)
     del model, optimizer, search
     assert hook_counts() == before
+
+
+def test_a_model_may_go_while_an_optimizer_steps():
+    """The garbage collector runs when it likes, also while torch walks through the hooks."""
+    model, before = make_net(search="off"), hook_counts()
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+
+    def collect(*args):
+        gc.collect()
+
+    hook = torch_optimizer.register_optimizer_step_pre_hook(collect)
+    dead = make_net(search="off")
+    dead.cycle, gone = dead, weakref.ref(dead)
+    del dead
+    try:
+        run(model, optimizer, 1)
+    finally:
+        hook.remove()
+    assert gone() is None and hook_counts() == before
 
 
 def test_hooks_are_gone_when_patching_fails():
