@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -173,14 +174,14 @@ class StepHooks:
         self._resets = {name: list(rows) for name, rows in resets.items()}
 
     @torch.no_grad()
-    def _reset(self, optimizer: Optimizer, path: Path) -> None:
-        """Carry out what is pending of a path, for those of its parameters that the optimizer holds.
+    def _reset(self, optimizer: Optimizer, paths: Sequence[Path]) -> None:
+        """Carry out what is pending of these paths, for those of their parameters that the optimizer holds.
 
         Rows forget their moments; a path that was off as a whole everything, the count of steps included.
         """
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for leaf, parameter, dim in (("lora_A", path.lora_A, 0), ("lora_B", path.lora_B, 1)):
-            name = f"{path.name}.{leaf}"
+        for path, (leaf, dim) in product(paths, (("lora_A", 0), ("lora_B", 1))):
+            name, parameter = f"{path.name}.{leaf}", getattr(path, leaf)
             if name not in self._resets or id(parameter) not in held:
                 continue
             rows = self._resets.pop(name)
@@ -214,8 +215,8 @@ class StepHooks:
             check_elementwise(optimizer, f"ranks={state.config.ranks!r}")
         for observer in list(self.observers):
             observer.before_step(optimizer)
-        for path in paths:
-            self._reset(optimizer, path)
+        if self._resets:
+            self._reset(optimizer, paths)
         self._saved.clear()
         for path in closed:
             if any(rows[path.name]):

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import sys
 import weakref
 
 import pytest
@@ -19,6 +20,7 @@ from helpers_search import (
     train_step,
     trainable,
 )
+from torch import nn
 from torch.optim import optimizer as torch_optimizer
 from transformers.optimization import Adafactor
 
@@ -292,6 +294,24 @@ def test_models_side_by_side_train_as_alone():
         return bits_of(optimizer, *trainable(model))
 
     assert trained(beside=False) == trained(beside=True)
+
+
+@pytest.mark.parametrize("on_reactivate", ["keep", "reset"])
+def test_the_hooks_take_time_in_proportion_to_the_paths(on_reactivate):
+    def calls(count):
+        model = hlk.apply_heterolora(nn.Sequential(*(nn.Linear(2, 2) for _ in range(count))),
+                                     hlk.HeteroLoraConfig(r=1, on_reactivate=on_reactivate))
+        search, optimizer, seen = hlk.RankSearch(model), torch.optim.SGD(trainable(model), lr=0.1), []
+        for rank in (0, 1):
+            search.apply(dict.fromkeys(search.paths, rank))
+        sys.setprofile(lambda *event: seen.append(1))
+        try:
+            optimizer.step()
+        finally:
+            sys.setprofile(None)
+        return len(seen)
+
+    assert calls(40) < 2.5 * calls(20)
 
 
 def hook_counts():
