@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer import TRAINER_STATE_NAME
@@ -110,7 +109,7 @@ class HeteroLoraCallback(TrainerCallback, ExportableState):
         if self._is_restored:
             self._become_original(model)
         self._enter(model, args)
-        data = self._dataloader if self._dataloader is not None else _unshuffled(train_dataloader, args, state)
+        data = train_dataloader if self._dataloader is None else self._dataloader
         self.search = RankSearch(model, optimizer, data, _steps_per_epoch(train_dataloader, args, state),
                                  **{**self._measures, "loss_fn": self._measures["loss_fn"] or self._trainers_loss(args)})
         # A run of one step may end without a step of the search (at_last_step=False): nobody has forgotten anything.
@@ -307,23 +306,3 @@ def _steps_per_epoch(dataloader: Iterable, args: TrainingArguments, state: Train
         # A stream: to the Trainer all its steps are one epoch.
         return state.max_steps
     return max(-(-batches // args.gradient_accumulation_steps), 1)
-
-
-def _unshuffled(dataloader: Iterable, args: TrainingArguments, state: TrainerState) -> Iterable:
-    """The head of the training set in a fixed order, in the Trainer's batches, each process its part.
-
-    accelerate's loaders and samplers count epochs as they are read, so they are not read here.
-    """
-    dataloader = getattr(dataloader, "base_dataloader", dataloader)
-    batches = getattr(dataloader, "batch_sampler", None)
-    # accelerate shards the batches among processes in a sampler around the sampler.
-    batches = getattr(batches, "batch_sampler", batches)
-    if (not isinstance(dataloader, DataLoader) or isinstance(dataloader.dataset, IterableDataset)
-            or type(batches) is not BatchSampler or not (isinstance(batches.sampler, RandomSampler) or args.world_size > 1)):
-        return dataloader
-    sampler = None
-    if args.world_size > 1:
-        sampler = DistributedSampler(dataloader.dataset, args.world_size, args.process_index, shuffle=False,
-                                     drop_last=batches.drop_last)
-    return DataLoader(dataloader.dataset, batches.batch_size, shuffle=False, sampler=sampler, drop_last=batches.drop_last,
-                      collate_fn=dataloader.collate_fn, generator=torch.Generator())
