@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer import TRAINER_STATE_NAME
@@ -79,6 +80,7 @@ class HeteroLoraCallback(TrainerCallback, ExportableState):
                           "greater_is_better": greater_is_better, "tolerance": tolerance}
         self._dataloader = dataloader
         self._trainer: Trainer | None = None
+        self._first_forward: RemovableHandle | None = None
         self._is_restored = False
 
     def attach(self, trainer: Trainer) -> HeteroLoraCallback:
@@ -119,13 +121,16 @@ class HeteroLoraCallback(TrainerCallback, ExportableState):
         else:
             self.search.start()
         if self.search._measures.loss_fn is default_loss and self.search.runs_losses and not args.torch_compile:
-            _refuse_other_losses(unwrap(model))
+            self._first_forward = _refuse_other_losses(unwrap(model))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if self.at_last_step or state.global_step < state.max_steps:
             self.search.step()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if self._first_forward is not None:
+            # A run that was at its end already had none.
+            self._first_forward.remove()
         if not args.load_best_model_at_end or state.best_model_checkpoint is None:
             return
         file = Path(state.best_model_checkpoint, TRAINER_STATE_NAME)
@@ -274,7 +279,7 @@ def _check_trl(model: nn.Module, state: HeteroLoraState, args: TrainingArguments
                          "their adapter; leave them out ('lm_head')")
 
 
-def _refuse_other_losses(model: nn.Module) -> None:
+def _refuse_other_losses(model: nn.Module) -> RemovableHandle:
     """Raise in the first forward of training if it gives no loss: then the Trainer computes one that no probe uses."""
     def hook(module: nn.Module, args: tuple, outputs) -> None:
         if module.training:
@@ -284,6 +289,7 @@ def _refuse_other_losses(model: nn.Module) -> None:
                                  "compute_loss of its own), which score='probe' would not use: pass it to HeteroLoraCallback, "
                                  "call callback.attach(trainer), or use score='in_step'")
     handle = model.register_forward_hook(hook)
+    return handle
 
 
 def _smoothed_loss(smoother: LabelSmoother) -> LossFunction:
