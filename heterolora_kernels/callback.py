@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler
+from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer import TRAINER_STATE_NAME
@@ -80,6 +80,7 @@ class HeteroLoraCallback(TrainerCallback, ExportableState):
                           "greater_is_better": greater_is_better, "tolerance": tolerance}
         self._dataloader = dataloader
         self._trainer: Trainer | None = None
+        self._first_forward: RemovableHandle | None = None
         self._is_restored = False
 
     def attach(self, trainer: Trainer) -> HeteroLoraCallback:
@@ -110,7 +111,7 @@ class HeteroLoraCallback(TrainerCallback, ExportableState):
         if self._is_restored:
             self._become_original(model)
         self._enter(model, args)
-        data = self._dataloader if self._dataloader is not None else _unshuffled(train_dataloader, args, state)
+        data = train_dataloader if self._dataloader is None else self._dataloader
         self.search = RankSearch(model, optimizer, data, _steps_per_epoch(train_dataloader, args, state),
                                  **{**self._measures, "loss_fn": self._measures["loss_fn"] or self._trainers_loss(args)})
         # A run of one step may end without a step of the search (at_last_step=False): nobody has forgotten anything.
@@ -120,13 +121,16 @@ class HeteroLoraCallback(TrainerCallback, ExportableState):
         else:
             self.search.start()
         if self.search._measures.loss_fn is default_loss and self.search.runs_losses and not args.torch_compile:
-            _refuse_other_losses(unwrap(model))
+            self._first_forward = _refuse_other_losses(unwrap(model))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if self.at_last_step or state.global_step < state.max_steps:
             self.search.step()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if self._first_forward is not None:
+            # A run that was at its end already had none.
+            self._first_forward.remove()
         if not args.load_best_model_at_end or state.best_model_checkpoint is None:
             return
         file = Path(state.best_model_checkpoint, TRAINER_STATE_NAME)
@@ -275,7 +279,7 @@ def _check_trl(model: nn.Module, state: HeteroLoraState, args: TrainingArguments
                          "their adapter; leave them out ('lm_head')")
 
 
-def _refuse_other_losses(model: nn.Module) -> None:
+def _refuse_other_losses(model: nn.Module) -> RemovableHandle:
     """Raise in the first forward of training if it gives no loss: then the Trainer computes one that no probe uses."""
     def hook(module: nn.Module, args: tuple, outputs) -> None:
         if module.training:
@@ -285,6 +289,7 @@ def _refuse_other_losses(model: nn.Module) -> None:
                                  "compute_loss of its own), which score='probe' would not use: pass it to HeteroLoraCallback, "
                                  "call callback.attach(trainer), or use score='in_step'")
     handle = model.register_forward_hook(hook)
+    return handle
 
 
 def _smoothed_loss(smoother: LabelSmoother) -> LossFunction:
@@ -307,23 +312,3 @@ def _steps_per_epoch(dataloader: Iterable, args: TrainingArguments, state: Train
         # A stream: to the Trainer all its steps are one epoch.
         return state.max_steps
     return max(-(-batches // args.gradient_accumulation_steps), 1)
-
-
-def _unshuffled(dataloader: Iterable, args: TrainingArguments, state: TrainerState) -> Iterable:
-    """The head of the training set in a fixed order, in the Trainer's batches, each process its part.
-
-    accelerate's loaders and samplers count epochs as they are read, so they are not read here.
-    """
-    dataloader = getattr(dataloader, "base_dataloader", dataloader)
-    batches = getattr(dataloader, "batch_sampler", None)
-    # accelerate shards the batches among processes in a sampler around the sampler.
-    batches = getattr(batches, "batch_sampler", batches)
-    if (not isinstance(dataloader, DataLoader) or isinstance(dataloader.dataset, IterableDataset)
-            or type(batches) is not BatchSampler or not (isinstance(batches.sampler, RandomSampler) or args.world_size > 1)):
-        return dataloader
-    sampler = None
-    if args.world_size > 1:
-        sampler = DistributedSampler(dataloader.dataset, args.world_size, args.process_index, shuffle=False,
-                                     drop_last=batches.drop_last)
-    return DataLoader(dataloader.dataset, batches.batch_size, shuffle=False, sampler=sampler, drop_last=batches.drop_last,
-                      collate_fn=dataloader.collate_fn, generator=torch.Generator())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -122,7 +123,7 @@ class StepHooks:
         self.observers: weakref.WeakSet = weakref.WeakSet()
         self.driven = False
         self._handles: list = []
-        weakref.finalize(self, _remove_all, self._handles).atexit = False
+        weakref.finalize(self, _orphans.extend, self._handles).atexit = False
         # (parameter, dimension of its rows, local indices of the inactive ones, {id of tensor: (tensor, their values)})
         self._saved: list[tuple[Tensor, int, Tensor, dict[int, tuple[Tensor, Tensor]]]] = []
         #: ``{parameter: rows}`` whose optimizer state starts anew at the next step.
@@ -149,6 +150,7 @@ class StepHooks:
             if state is not None and own is not None:
                 own._after(state, optimizer)
 
+        remove_orphans()
         self._handles.append(register_optimizer_step_pre_hook(before))
         self._handles.append(register_optimizer_step_post_hook(after))
 
@@ -172,14 +174,14 @@ class StepHooks:
         self._resets = {name: list(rows) for name, rows in resets.items()}
 
     @torch.no_grad()
-    def _reset(self, optimizer: Optimizer, path: Path) -> None:
-        """Carry out what is pending of a path, for those of its parameters that the optimizer holds.
+    def _reset(self, optimizer: Optimizer, paths: Sequence[Path]) -> None:
+        """Carry out what is pending of these paths, for those of their parameters that the optimizer holds.
 
         Rows forget their moments; a path that was off as a whole everything, the count of steps included.
         """
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for leaf, parameter, dim in (("lora_A", path.lora_A, 0), ("lora_B", path.lora_B, 1)):
-            name = f"{path.name}.{leaf}"
+        for path, (leaf, dim) in product(paths, (("lora_A", 0), ("lora_B", 1))):
+            name, parameter = f"{path.name}.{leaf}", getattr(path, leaf)
             if name not in self._resets or id(parameter) not in held:
                 continue
             rows = self._resets.pop(name)
@@ -213,8 +215,8 @@ class StepHooks:
             check_elementwise(optimizer, f"ranks={state.config.ranks!r}")
         for observer in list(self.observers):
             observer.before_step(optimizer)
-        for path in paths:
-            self._reset(optimizer, path)
+        if self._resets:
+            self._reset(optimizer, paths)
         self._saved.clear()
         for path in closed:
             if any(rows[path.name]):
@@ -264,6 +266,16 @@ class StepHooks:
 
 
 def _remove_all(handles: list) -> None:
-    for handle in handles:
+    for handle in list(handles):
         handle.remove()
-    handles.clear()
+        handles.remove(handle)
+
+
+#: Hooks of models that are gone, which do nothing. The garbage collector may find them while torch walks through its hooks, which
+#: fails if one is taken away: they go when the next model is patched.
+_orphans: list = []
+
+
+def remove_orphans() -> None:
+    """Remove the hooks of models that are gone; not while an optimizer steps."""
+    _remove_all(_orphans)

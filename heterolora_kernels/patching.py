@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -55,18 +56,28 @@ _HAS_ADAPTERS = "_hf_peft_config_loaded"
 
 
 class _SavesAsBefore:
-    """Holds ``save_pretrained`` of a quantised model that has adapters, for which transformers' own would ask PEFT."""
+    """Holds ``save_pretrained`` of a quantised model that has adapters, for which transformers' own would ask PEFT.
+
+    The model holds it, so it does not hold the model: whoever drops that gets its memory back at once.
+    """
 
     def __init__(self, model: nn.Module):
-        self._model = model
+        self._model = weakref.ref(model)
+
+    def __getstate__(self) -> dict:
+        return {"model": self._model()}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(state["model"])
 
     def save_pretrained(self, *args, **kwargs):
         """What it writes of any patched model: the base with the adapters' tensors."""
-        self._model.__dict__[_HAS_ADAPTERS] = False
+        model = self._model()
+        model.__dict__[_HAS_ADAPTERS] = False
         try:
-            return type(self._model).save_pretrained(self._model, *args, **kwargs)
+            return type(model).save_pretrained(model, *args, **kwargs)
         finally:
-            self._model.__dict__[_HAS_ADAPTERS] = True
+            model.__dict__[_HAS_ADAPTERS] = True
 
 
 class _Patcher:

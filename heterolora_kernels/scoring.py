@@ -9,6 +9,7 @@ gradients: it should not use any.
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,15 @@ from itertools import islice
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
 
 from heterolora_kernels import backends, distributed
 from heterolora_kernels.layers import Path
@@ -151,6 +160,8 @@ def probe_loader(dataloader: Iterable) -> Iterable:
     A twin, because ``iter`` on a loader with persistent workers restarts the iterator that the user's loop is in. Samplers
     that shuffle are replaced; others, and what is no DataLoader, are read as they are.
     """
+    # accelerate's loader counts epochs, and whoever reads its last batch ends an accumulation of gradients.
+    dataloader = getattr(dataloader, "base_dataloader", dataloader)
     if not isinstance(dataloader, DataLoader) or isinstance(dataloader.dataset, IterableDataset):
         return dataloader
     # A generator of its own: an iterator's first act is to draw a seed.
@@ -158,17 +169,25 @@ def probe_loader(dataloader: Iterable) -> Iterable:
     batches = dataloader.batch_sampler
     if batches is None:
         return DataLoader(dataloader.dataset, batch_size=None, sampler=dataloader.sampler, **common)
+    return DataLoader(dataloader.dataset, batch_sampler=_in_order(batches, dataloader.dataset), **common)
+
+
+def _in_order(batches: Iterable, dataset: Dataset) -> Iterable:
+    """A batch sampler in the place of one that shuffles."""
+    if type(batches).__name__ == "BatchSamplerShard":
+        # accelerate's, around another: the batches of one process.
+        twin = copy.copy(batches)
+        twin.batch_sampler = _in_order(batches.batch_sampler, dataset)
+        return twin
     if type(batches) is not BatchSampler:
-        return DataLoader(dataloader.dataset, batch_sampler=batches, **common)
+        return batches
     sampler = batches.sampler
     # accelerate's own shuffles too, and counts its epochs: who reads it to its end changes the order of the training.
     if type(sampler) is RandomSampler or type(sampler).__name__ == "SeedableRandomSampler":
-        sampler = None
+        sampler = SequentialSampler(dataset)
     elif type(sampler) is DistributedSampler and sampler.shuffle:
-        sampler = DistributedSampler(dataloader.dataset, sampler.num_replicas, sampler.rank, shuffle=False,
-                                     drop_last=sampler.drop_last)
-    return DataLoader(dataloader.dataset, batches.batch_size, shuffle=False, sampler=sampler, drop_last=batches.drop_last,
-                      **common)
+        sampler = DistributedSampler(dataset, sampler.num_replicas, sampler.rank, shuffle=False, drop_last=sampler.drop_last)
+    return BatchSampler(sampler, batches.batch_size, batches.drop_last)
 
 
 def _generators(loader: Iterable) -> list[torch.Generator]:

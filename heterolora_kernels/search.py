@@ -420,7 +420,7 @@ class RankSearch:
             self._forget_window.detach()
         self._window, self._forget_window = window, None
         if window is not None:
-            self._forget_window = weakref.finalize(self, self._state.switches.ledger.close, window)
+            self._forget_window = weakref.finalize(self, self._state.switches.ledger.drop, window)
             self._forget_window.atexit = False
 
     def _close_window(self) -> None:

@@ -112,7 +112,6 @@ class HeteroLoraState:
         return masks
 
 
-
 def unwrap(model: nn.Module) -> nn.Module:
     """The patched module inside DDP's and torch.compile's wrappers."""
     while STATE_NAME not in model.__dict__:

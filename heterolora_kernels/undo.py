@@ -14,13 +14,22 @@ from torch import Tensor, nn
 Undo = Callable[[], None]
 
 
+def _run(undo: Undo) -> None:
+    """Call ``undo``, which may be interrupted too."""
+    try:
+        undo()
+    except BaseException:
+        undo()
+        raise
+
+
 @contextmanager
 def undone_on_failure(undo: Undo) -> Iterator[None]:
     """Call ``undo`` if the block fails."""
     try:
         yield
     except BaseException:
-        undo()
+        _run(undo)
         raise
 
 
@@ -31,7 +40,7 @@ def put_back(undo: Undo) -> Iterator[None]:
         yield
         undo()
     except BaseException:
-        undo()
+        _run(undo)
         raise
 
 

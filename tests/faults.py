@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 
 import heterolora_kernels as hlk
+from heterolora_kernels.freezing import remove_orphans
 
 PACKAGE = str(Path(hlk.__file__).parent)
 
@@ -79,7 +80,8 @@ def _new_hooks(before: list[set], model: nn.Module) -> bool:
         return any(set(registry) - ids - own for registry, ids in zip(_registries(), before))
 
     if new():
-        gc.collect()  # those of models that nobody holds any more go with them
+        gc.collect()  # those of models that nobody holds any more do nothing
+        remove_orphans()
     return new()
 
 

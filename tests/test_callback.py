@@ -288,6 +288,13 @@ def test_a_trainer_can_go_back_to_its_own_checkpoint(tmp_path):
     assert same_bits(snapshot(model), weights)
 
 
+def test_a_run_that_is_at_its_end_leaves_no_hook(tmp_path):
+    callback, search = HeteroLoraCallback(), {"search": "static", "score": "probe", "num_batches": 1}
+    model, trainer = run(tmp_path, callback, search=search, max_steps=5, save_steps=5, eval_strategy="no")
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert not model._forward_hooks
+
+
 def test_training_again_is_a_search_from_the_start(tmp_path):
     callback = HeteroLoraCallback()
     model, trainer = run(tmp_path, callback, search=SEARCHES["in_step"], save_strategy="no")

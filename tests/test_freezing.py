@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import sys
+import weakref
 
 import pytest
 import torch
@@ -18,10 +20,12 @@ from helpers_search import (
     train_step,
     trainable,
 )
+from torch import nn
 from torch.optim import optimizer as torch_optimizer
 from transformers.optimization import Adafactor
 
 import heterolora_kernels as hlk
+from heterolora_kernels.freezing import remove_orphans
 
 STEPS = 20
 ELEMENTWISE = {
@@ -292,8 +296,27 @@ def test_models_side_by_side_train_as_alone():
     assert trained(beside=False) == trained(beside=True)
 
 
+@pytest.mark.parametrize("on_reactivate", ["keep", "reset"])
+def test_the_hooks_take_time_in_proportion_to_the_paths(on_reactivate):
+    def calls(count):
+        model = hlk.apply_heterolora(nn.Sequential(*(nn.Linear(2, 2) for _ in range(count))),
+                                     hlk.HeteroLoraConfig(r=1, on_reactivate=on_reactivate))
+        search, optimizer, seen = hlk.RankSearch(model), torch.optim.SGD(trainable(model), lr=0.1), []
+        for rank in (0, 1):
+            search.apply(dict.fromkeys(search.paths, rank))
+        sys.setprofile(lambda *event: seen.append(1))
+        try:
+            optimizer.step()
+        finally:
+            sys.setprofile(None)
+        return len(seen)
+
+    assert calls(40) < 2.5 * calls(20)
+
+
 def hook_counts():
     gc.collect()
+    remove_orphans()
     return len(torch_optimizer._global_optimizer_pre_hooks), len(torch_optimizer._global_optimizer_post_hooks)
 
 
@@ -319,6 +342,25 @@ def test_hooks_are_gone_when_the_model_is():
     run(model, optimizer, 2, search=search)
     del model, optimizer, search
     assert hook_counts() == before
+
+
+def test_a_model_may_go_while_an_optimizer_steps():
+    """The garbage collector runs when it likes, also while torch walks through the hooks."""
+    model, before = make_net(search="off"), hook_counts()
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+
+    def collect(*args):
+        gc.collect()
+
+    hook = torch_optimizer.register_optimizer_step_pre_hook(collect)
+    dead = make_net(search="off")
+    dead.cycle, gone = dead, weakref.ref(dead)
+    del dead
+    try:
+        run(model, optimizer, 1)
+    finally:
+        hook.remove()
+    assert gone() is None and hook_counts() == before
 
 
 def test_hooks_are_gone_when_patching_fails():

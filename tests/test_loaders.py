@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
+from accelerate.state import AcceleratorState, GradientState
 from helpers_search import make_net, net_batch, train_step, trainable
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
@@ -35,6 +38,32 @@ IN_ORDER = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 ])
 def test_the_head_is_read_in_order(loader):
     assert read(probe_loader(loader())) == IN_ORDER
+
+
+@pytest.mark.parametrize("seedable", [True, False])
+def test_each_process_reads_its_batches_in_order_under_accelerate(seedable):
+    """And leaves the order of the next epoch alone, which both processes must shuffle alike."""
+    for process, expected in enumerate(([[0, 1, 2], [6, 7, 8]], [[3, 4, 5], [9, 10, 11]])):
+        loader, twin = (prepare_data_loader(
+            DataLoader(SAMPLES, 3, shuffle=True, generator=torch.Generator().manual_seed(1)), torch.device("cpu"), 2, process,
+            put_on_device=False, rng_types=[], use_seedable_sampler=seedable) for _ in range(2))
+        assert read(probe_loader(loader)) == read(probe_loader(loader)) == expected
+        assert read(loader.base_dataloader) == read(twin.base_dataloader) != expected
+
+
+@pytest.mark.parametrize("data", [SAMPLES, Stream()], ids=["samples", "stream"])
+def test_a_probe_does_not_end_an_accumulation_of_gradients(data):
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
+    model, loader = make_net(score="probe"), accelerator.prepare(DataLoader(data, 2))
+    search, synced = hlk.RankSearch(model, dataloader=loader), []
+    for number, _ in enumerate(loader):
+        if number == 1:
+            search.score()
+        with accelerator.accumulate(model):
+            synced.append(accelerator.sync_gradients)
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    assert synced == [False, False, True, False, False, True]
 
 
 def test_a_sampler_of_the_users_own_decides():

@@ -9,6 +9,7 @@ import torch
 from helpers_search import build, llama_batch, make_llama, net_batch, train
 
 import heterolora_kernels as hlk
+from heterolora_kernels.allocation import averaged
 from heterolora_kernels.proxies import PathSize, get_proxy, normalized
 
 SIZES = {"a.q": PathSize(4.0, 100, "q"), "b.q": PathSize(4.0, 100, "q"), "a.v": PathSize(0.5, 36, "v")}
@@ -108,11 +109,9 @@ def test_moving_average_begins_with_the_first_scores_and_survives_a_resume():
 
 
 def test_moving_average_by_hand():
-    search = build(score_decay=0.75)[2]
-    names = search.paths
-    first = search._averaged(dict.fromkeys(names, 4.0))
-    second = search._averaged(dict.fromkeys(names, 8.0))
-    assert (first[names[0]], second[names[0]]) == (4.0, 5.0)
+    first = averaged({}, {"a": 4.0, "b": [4.0, 0.0]}, 0.75)
+    second = averaged(first, {"a": 8.0, "b": [8.0, 4.0]}, 0.75)
+    assert first == {"a": 4.0, "b": [4.0, 0.0]} and second == {"a": 5.0, "b": [5.0, 1.0]}
 
 
 def churn_of(hysteresis: float) -> list[float]:

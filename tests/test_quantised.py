@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
+import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
 from families import reference_backend  # noqa: F401 - a fixture
 from helpers_search import VOCAB, fill_B, llama_batch, path_names
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -214,6 +218,24 @@ def test_trainer_takes_a_quantised_model_with_our_adapters(four_bit, tmp_path):
     hlk.remove_heterolora(model)
     with pytest.raises(ValueError, match="purely quantized"):
         trainer(model)
+
+
+def test_a_quantised_model_that_is_dropped_is_gone_at_once_and_copies_save_themselves(tmp_path):
+    model = make_llama()
+    model.is_quantized = True
+    patched(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        twin.model.layers[0].self_attn.q_proj.lora_A.data.fill_(3.0)
+        twin.save_pretrained(tmp_path)
+        assert (load_file(tmp_path / "model.safetensors")["model.layers.0.self_attn.q_proj.lora_A"] == 3.0).all()
+    gc.collect()
+    gc.disable()
+    try:
+        gone = weakref.ref(model)
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("kind", ["bitsandbytes_4bit", "torchao_int8"])

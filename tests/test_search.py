@@ -22,6 +22,7 @@ from helpers_search import (
     train_step,
     trainable,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import heterolora_kernels as hlk
 
@@ -293,7 +294,36 @@ def test_a_search_that_is_gone_no_longer_collects():
     model, optimizer, search = build(interval=2, num_batches=2, warmup=0)
     search.start()
     assert is_collecting(model)
+    search.cycle = search
     del search
+    with Operations() as mode:
+        gc.collect()
+    assert not is_collecting(model) and mode.seen == []
+
+
+class Operations(TorchDispatchMode):
+    """Whatever mode is active, the garbage collector may run in it: a finalizer has no business with tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_search_that_goes_during_the_probe_of_another_no_longer_collects():
+    model, _, search = build(interval=2, num_batches=2, warmup=0)
+    search.start()
+    gone = [search]
+    del search
+
+    def loss_fn(model, batch):
+        gone.clear()
+        return model(**batch).loss
+
+    hlk.RankSearch(model).score([net_batch(0)], score="probe", loss_fn=loss_fn)
     gc.collect()
     assert not is_collecting(model)
 

@@ -65,11 +65,12 @@ class Collector:
     """One reader of the ledger: the sums since it was opened or zeroed.
 
     ``raw`` holds what backward passes left and nothing has judged yet; ``committed`` what belongs to a step that was
-    taken, unscaled. A reader that never commits (``collect_statistics``) reads ``raw``.
+    taken, unscaled. A reader that never commits (``collect_statistics``) reads ``raw``. ``is_open``: whether more will come.
     """
 
     def __init__(self, ledger: Ledger):
         self._ledger = ledger
+        self.is_open = True
         self.raw = ledger.new_rows()
         self.committed = ledger.new_rows()
         self._steps = self.raw.new_zeros(())
@@ -206,8 +207,16 @@ class Ledger:
     def close(self, collector: Collector) -> None:
         """Stop; what the reader has stays readable."""
         self.flush()
-        if collector in self._collectors:
-            self._collectors.remove(collector)
+        self.drop(collector)
+
+    def drop(self, collector: Collector) -> None:
+        """Stop for a reader whom nobody reads any more.
+
+        A finalizer may call it: it touches no tensor, for the garbage collector runs under whatever mode is active, and
+        leaves alone the list that somebody may be walking.
+        """
+        collector.is_open = False
+        self._collectors = [other for other in self._collectors if other.is_open]
 
     @contextmanager
     def isolated(self) -> Iterator[None]:
@@ -217,7 +226,8 @@ class Ledger:
 
         def undo() -> None:
             self.flush()
-            self._collectors = others + [collector for collector in self._collectors if collector not in others]
+            inside = [collector for collector in self._collectors if collector not in others]
+            self._collectors = [collector for collector in (*others, *inside) if collector.is_open]
 
         with put_back(undo):
             self._collectors = []
@@ -232,5 +242,7 @@ class Ledger:
 
         def undo() -> None:
             self._collectors = list(collectors)
+            for collector in collectors:
+                collector.is_open = True
             values()
         return undo
