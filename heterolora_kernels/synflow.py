@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from heterolora_kernels import _env, distributed
-from heterolora_kernels.backends import use_backend
+from heterolora_kernels.backends import computing_with
 from heterolora_kernels.planning import is_quantised, is_quantised_linear
 from heterolora_kernels.proxies import get_proxy, register_proxy, scores_of
 from heterolora_kernels.scoring import ScoringPass, gradient_rows, twins, untouched
@@ -38,7 +38,7 @@ def _synflow(request: ScoringPass) -> dict[str, Tensor]:
         stack.enter_context(untouched(model, state, request.loader, training=False))
         stack.enter_context(torch.enable_grad())
         # The only backend that every dtype is promised on; one batch of one row needs no other.
-        stack.enter_context(use_backend("reference"))
+        stack.enter_context(computing_with("reference"))
         rows = distributed.on_every_process(lambda: _rows(request), state.device)
     # The length of the first batch is each process's own.
     flat = distributed.broadcast_(torch.cat([rows[name] for name in state.paths]))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 
 import heterolora_kernels as hlk
+from heterolora_kernels import backends
 from heterolora_kernels.freezing import remove_orphans
 
 PACKAGE = str(Path(hlk.__file__).parent)
@@ -91,7 +92,7 @@ def state_of_everything(model: nn.Module, *others) -> dict:
     ``others``: objects whose ``state_dict()`` belongs to it.
     """
     found = {"modules": snapshot(model), "rng": torch.get_rng_state(), "python": random.getstate(),
-             "others": [other.state_dict() for other in others]}
+             "others": [other.state_dict() for other in others], "backend": list(backends._chosen)}
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     found["tensors"] = {name: (id(tensor), tensor.detach().clone(), tensor.requires_grad,
                                None if tensor.grad is None else tensor.grad.clone()) for name, tensor in tensors.items()}

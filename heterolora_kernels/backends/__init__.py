@@ -9,12 +9,14 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from heterolora_kernels import _env
+from heterolora_kernels.undo import put_back
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,15 @@ class use_backend:  # noqa: N801 - reads as a function, in both uses
 
     def __exit__(self, *exception) -> None:
         _chosen[0] = self._previous
+
+
+@contextmanager
+def computing_with(name: str) -> Iterator[None]:
+    """:class:`use_backend` for a block, of which nothing stays if an interrupt comes before the block begins."""
+    before = _chosen[0]
+    with put_back(lambda: _chosen.__setitem__(0, before)):
+        use_backend(name)
+        yield
 
 
 def _require(name: str) -> Backend:
