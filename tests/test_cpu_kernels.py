@@ -48,6 +48,7 @@ LARGER = {
                    gates="mixed", seed=27),
     "deep": Case(m=40, k=1100, outs=(70,), paths=((8, 0, -1),), seed=28),
     "deep_dropout": Case(m=70, k=42, outs=(700, 30), biases=(True, True), paths=((8, 0, -1), (3, 1, -1)), dropout_p=0.4, seed=29),
+    "base_alone_ends_in_half_a_vector": Case(m=20, k=328, outs=(392,), biases=(False,), paths=((0, 0, -1),), seed=32),
     "tall": Case(m=530, k=350, outs=(330,), paths=((13, 0, -1),), seed=30),
 }
 ALL_CASES = {**CASES, **LARGER}

@@ -301,8 +301,7 @@ constexpr Engine make_amx_engine(const char* name) {
     // These processors have 2 MB of second cache, and their tiles would wait for a weight that is read once per 128 rows.
     engine.block_rows = 256;
     engine.row_step = engine.unit_step = amx_side;
-    engine.row_tiles = false;
-    engine.pair_units = nullptr;
+    engine.half_tiles = engine.row_tiles = false;
     engine.pack_strip = amx_pack_strip;
     engine.pack_coefficients = amx_pack_coefficients;
     engine.tile = amx_tile<Tiles>;

@@ -15,7 +15,7 @@ struct Avx512 {
     using F = __m512;
     using U = __m512i;
 
-    // Half of a vector.
+    // Half of a vector: no slower than a whole one, and on some processors two of them run beside each other.
     struct Half {
         using F = __m256;
         using U = __m256i;
@@ -72,26 +72,6 @@ struct Avx512 {
         _mm512_mask_storeu_epi32(p, static_cast<__mmask16>((1u << count) - 1), u);
     }
     static U broadcast(const uint32_t* p) { return _mm512_set1_epi32(static_cast<int>(*p)); }
-    // Two units in every other lane each; one unit in every other lane, zeros between.
-    static U broadcast_pair(const uint32_t* p) {
-        int64_t pair;
-        __builtin_memcpy(&pair, p, 8);
-        return _mm512_set1_epi64(pair);
-    }
-    static U broadcast_first(const uint32_t* p) { return _mm512_maskz_set1_epi32(0x5555, static_cast<int>(*p)); }
-    // Half a vector: the sums of neighbouring lanes.
-    static void store_folded(float* p, F f) {
-        const F sums = _mm512_add_ps(f, _mm512_permute_ps(f, 0xB1));
-        _mm256_storeu_ps(p, _mm512_castps512_ps256(_mm512_permutexvar_ps(_mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 14, 12, 10, 8, 6, 4, 2, 0), sums)));
-    }
-    // Two halves lane by lane, in the place of the first; no second: zeros.
-    static void pair_halves(uint32_t* first, const uint32_t* second) {
-        const __m256i zeros = _mm256_setzero_si256();
-        const U low = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first)));
-        const U high = _mm512_castsi256_si512(second == nullptr ? zeros : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second)));
-        const U places = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-        _mm512_storeu_si512(first, _mm512_permutex2var_epi32(low, places, high));
-    }
     static void transpose(U* r) {
         U t[16], s[16];
         for (int i = 0; i < 16; i += 2) {

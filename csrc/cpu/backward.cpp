@@ -221,9 +221,6 @@ private:
             pack_path(e_, path, path.lora_A, false, source.columns, lanes_.of_source[p], lanes_.source_width[path.source],
                       lora_A_[path.source]);
         });
-        for (size_t i = 0; i < g_.outputs.size(); ++i) {
-            finish_low_rank_panel(e_, lora_B_[i], lanes_.output_width[i], e_.units(g_.outputs[i].columns), reads_in_place(i));
-        }
     }
 
     void source_columns(Scratch& scratch, size_t key, Range range, Slots& slots) {

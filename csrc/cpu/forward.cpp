@@ -204,9 +204,6 @@ private:
             pack_path(e_, path, path.lora_B, true, g_.outputs[path.output].columns, lanes_.of_output[p],
                       lanes_.output_width[path.output], lora_B_[path.output]);
         });
-        for (size_t key = 0; !dots_A() && key < g_.sources.size(); ++key) {
-            finish_low_rank_panel(e_, lora_A_[key], lanes_.source_width[key], e_.units(g_.sources[key].columns), in_place_for_hidden(key));
-        }
     }
 
     void draw_keep(const Source& source, size_t key, int64_t row, int64_t rows) const {

@@ -212,13 +212,13 @@ void tile_of(const Tile& t) {
     store_parts<I, VECTORS>(t, ROWS, sums);
 }
 
-// Rows of a strip times half a vector of columns, into float32: a path of rank 8 or less.
-template <class I, bool CHAINS, int ROWS>
+// Rows times half a vector of columns, into float32: a path of rank 8 or less.
+template <class I, bool CHAINS, bool IN_PLACE, int ROWS>
 void half_tile_of(const Tile& t) {
     using H = typename I::Half;
     typename H::F sum[ROWS], ended[ROWS];
     const Segment segment = t.segments[0];
-    LeftRows<ROWS, false> left(segment.a);
+    LeftRows<ROWS, IN_PLACE> left(segment.a);
     const uint32_t* b = segment.b;
     for (int i = 0; i < ROWS; ++i) sum[i] = ended[i] = H::zero();
     for (int64_t rest = segment.units; rest > 0; rest -= float_chain) {
@@ -237,59 +237,14 @@ void half_tile_of(const Tile& t) {
     for (int i = 0; i < ROWS; ++i) H::store(static_cast<float*>(t.out) + i * t.out_ld, CHAINS ? ended[i] : sum[i]);
 }
 
-// The same for rows of a matrix, where two units of a row follow each other: a whole vector multiplies both with the two units
-// of a column that pair_units has put side by side. Half a vector takes a processor as long as a whole one.
-template <class I, class Unit, int ROWS>
-void paired_tile_of(const Tile& t) {
-    using F = typename I::F;
-    using U = typename I::U;
-    constexpr int64_t chain = float_chain / 2;
-    F sum[ROWS], ended[ROWS];
-    const Segment segment = t.segments[0];
-    LeftRows<ROWS, true> left(segment.a);
-    const uint32_t* b = segment.b;
-    const int64_t pairs = segment.units / 2;
-#pragma GCC unroll 16
-    for (int i = 0; i < ROWS; ++i) sum[i] = ended[i] = I::zero();
-    for (int64_t first = 0; first < pairs; first += chain) {
-        const int64_t end = Unit::unit == 2 || pairs - first < chain ? pairs : first + chain;
-        for (int64_t p = first; p < end; ++p, b += 2 * segment.b_stride) {
-            const U right = I::load_units(b);
-#pragma GCC unroll 16
-            for (int i = 0; i < ROWS; ++i) sum[i] = Unit::mac(sum[i], I::broadcast_pair(left.at(i)), right);
-            left.next();
-            left.next();
-        }
-        if (end == pairs) break;
-#pragma GCC unroll 16
-        for (int i = 0; i < ROWS; ++i) {
-            ended[i] = I::add(ended[i], sum[i]);
-            sum[i] = I::zero();
-        }
-    }
-    if (segment.units % 2 != 0) {
-        const U right = I::load_units(b);
-#pragma GCC unroll 16
-        for (int i = 0; i < ROWS; ++i) sum[i] = Unit::mac(sum[i], I::broadcast_first(left.at(i)), right);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < ROWS; ++i) I::store_folded(static_cast<float*>(t.out) + i * t.out_ld, I::add(ended[i], sum[i]));
-}
-
-// Units 2 p and 2 p + 1 of half a vector of columns side by side, in the place of unit 2 p.
-template <class I>
-void pair_units(uint32_t* panel, int64_t units, int64_t stride) {
-    for (int64_t u = 0; u < units; u += 2) I::pair_halves(panel + u * stride, u + 1 < units ? panel + (u + 1) * stride : nullptr);
-}
-
 template <class I, class = void> struct HasHalf : std::false_type {};
 template <class I> struct HasHalf<I, std::void_t<typename I::Half>> : std::true_type {};
 
 template <class I, class Unit, int... ROWS>
 void half_tile(const Tile& t, std::integer_sequence<int, ROWS...>) {
     if constexpr (HasHalf<I>::value) {
-        static constexpr void (*of[2][sizeof...(ROWS)])(const Tile&) = {{half_tile_of<I, Unit::unit == 1, ROWS + 1>...},
-                                                                       {paired_tile_of<I, Unit, ROWS + 1>...}};
+        static constexpr void (*of[2][sizeof...(ROWS)])(const Tile&) = {{half_tile_of<I, Unit::unit == 1, false, ROWS + 1>...},
+                                                                       {half_tile_of<I, Unit::unit == 1, true, ROWS + 1>...}};
         of[t.segments[0].a.row_bytes != 0][t.rows - 1](t);
     }
 }

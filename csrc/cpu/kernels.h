@@ -139,6 +139,7 @@ struct Engine {
     int block_rows;  // of a block whose strips stay in the second cache of a core
     int row_step;    // rows of a strip and lanes of coefficients are padded to a multiple of this
     int unit_step;   // units of a contraction are padded to a multiple of this
+    bool half_tiles; // half a vector of columns is multiplied by itself
     bool row_tiles;  // left operands may be rows of a matrix
     // a strip of `rows` rows, padding included; rows whose contraction runs along the row
     void (*pack_strip)(Matrix source, Keep keep, int64_t rows, int64_t depth, uint32_t* out);
@@ -149,8 +150,6 @@ struct Engine {
     // coefficients first ... first + count - 1 of `lanes` from the columns of a matrix
     void (*pack_coefficients)(Matrix source, int64_t rows, int64_t first, int64_t count, uint32_t* out, int64_t lanes);
     void (*tile)(const Tile& tile);
-    // lays out the last half vector of a panel's columns for a product of rows in place; nullptr: no halves of vectors
-    void (*pair_units)(uint32_t* panel, int64_t units, int64_t stride);
     void (*outer)(const Outer& outer);
     void (*dot)(const Dot& dot);
     void (*merge)(Merge& merge);

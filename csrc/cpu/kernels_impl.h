@@ -23,13 +23,13 @@ constexpr Engine make_engine(const char* name) {
     // A block's rows packed at K = 2048 in bf16 take 0.5 MB.
     engine.block_rows = 128;
     engine.row_step = engine.unit_step = 1;
+    engine.half_tiles = HasHalf<I>::value;
     engine.row_tiles = true;
     engine.pack_strip = pack_strip<I, Unit>;
     engine.pack_rows = pack_panel_rows<I, Unit>;
     engine.pack_columns = pack_columns<I, Unit>;
     engine.pack_coefficients = pack_coefficients<I, Unit>;
     engine.tile = tile<I, Unit>;
-    if constexpr (HasHalf<I>::value) engine.pair_units = pair_units<I>;
     engine.outer = outer<I, Unit>;
     engine.dot = dot<I, Unit>;
     engine.merge = merge<I>;

@@ -104,23 +104,12 @@ void few_along_columns(const Engine& engine, const uint32_t* strip, int64_t rows
     engine.outer(outer);
 }
 
-// How many lanes at the end of a panel are half a vector or less; 0 where they are multiplied as a whole one.
-static int64_t last_half(const Engine& engine, int64_t lanes) {
-    const int64_t rest = lanes % engine.panel();
-    return engine.pair_units != nullptr && rest > 0 && rest <= engine.lanes / 2 ? rest : 0;
-}
-
-void finish_low_rank_panel(const Engine& engine, uint32_t* panel, int64_t lanes, int64_t units, bool rows_in_place) {
-    const int64_t half = last_half(engine, lanes);
-    if (half > 0 && rows_in_place) engine.pair_units(panel + lanes - half, units, round_up(lanes, engine.lanes));
-}
-
 void low_rank_product(const Engine& engine, Left left, int64_t rows, const uint32_t* panel, int64_t lanes,
                       int64_t units, float* out) {
     const int64_t width = round_up(lanes, engine.lanes);
     for (int64_t lane = 0; lane < width; lane += engine.panel()) {
         const Segment segment{left, panel + lane, width, units};
-        const bool half = last_half(engine, lanes) > 0 && lane + engine.panel() >= width;
+        const bool half = engine.half_tiles && lanes - lane <= engine.lanes / 2;
         Tile tile;
         tile.rows = static_cast<int>(rows);
         tile.columns = half ? engine.lanes / 2 : static_cast<int>(std::min<int64_t>(engine.panel(), width - lane));

@@ -26,9 +26,6 @@ inline Left in_place(Matrix source) {
     return {static_cast<const uint32_t*>(source.data), source.ld * size_of(source.dtype)};
 }
 
-// What a filled panel of low_rank_product still needs where the rows will lie in place.
-void finish_low_rank_panel(const Engine& engine, uint32_t* panel, int64_t lanes, int64_t units, bool rows_in_place);
-
 // Rows times a narrow panel [units][lanes rounded up to vectors] into float32 [rows][as many].
 void low_rank_product(const Engine& engine, Left left, int64_t rows, const uint32_t* panel, int64_t lanes,
                       int64_t units, float* out);
