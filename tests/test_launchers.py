@@ -29,14 +29,21 @@ def rows(count):
     return [{name: value[i] for name, value in llama_batch(seed).items()} for seed in range(count) for i in range(2)]
 
 
-def torchrun(*arguments, folder):
-    """Run a script in two processes; fails with their output."""
+#: What a process says that ends while one of its C++ threads runs: seen once in some ten runs of two processes, origin unknown.
+_THREAD_LEFT = "terminate called without an active exception"
+
+
+def torchrun(*arguments, folder, tries=2):
+    """Run a script in two processes; fails with their output. A process that aborts while it ends is given one more try."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD),
                *map(str, arguments)]
     try:
         done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=JOB_TIMEOUT)
     except subprocess.TimeoutExpired as error:
         pytest.fail(f"no end within {JOB_TIMEOUT} s: {error.stderr}")
+    aborted = _THREAD_LEFT in done.stderr and "Traceback" not in done.stderr.split(_THREAD_LEFT)[0]
+    if done.returncode != 0 and aborted and tries > 1:
+        return torchrun(*arguments, folder=folder, tries=tries - 1)
     if done.returncode != 0:
         pytest.fail(done.stdout + done.stderr)
 
