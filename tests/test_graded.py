@@ -8,15 +8,11 @@ from __future__ import annotations
 import io
 import math
 import os
-import subprocess
 import sys
-import warnings
-from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+from helpers_jobs import WORLD, launch, work
 from helpers_search import (
     NET_PATHS,
     adapter,
@@ -428,9 +424,6 @@ def test_binary_search_takes_lbfgs_while_everything_is_on():
 
 # ---- two processes ----
 
-WORLD, JOB_TIMEOUT, WAIT = 2, 90, timedelta(seconds=30)
-
-
 def own_batch(rank, number):
     """A batch of this process; the second one's are longer."""
     return llama_batch(WORLD * number + rank, length=5 + 2 * rank)
@@ -492,67 +485,39 @@ SCENARIOS = {
 }
 
 
-def work(rank: int, folder: str) -> None:
-    """One process: every scenario in turn, what it gave into a file."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD, timeout=WAIT)
-    torch.save({name: scenario(rank) for name, scenario in SCENARIOS.items()}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """``{scenario: [result of process 0, of process 1]}``"""
-    folder, here = tmp_path_factory.mktemp("job"), Path(__file__).resolve().parent
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
-                   "PYTHONPATH": os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])}
-    processes = [subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], env=environment,
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in range(WORLD)]
-    output = []
-    try:
-        for process in processes:
-            output.append(process.communicate(timeout=JOB_TIMEOUT)[0])
-    except subprocess.TimeoutExpired:
-        output.append(f"no end within {JOB_TIMEOUT} s")
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    files = [folder / f"{rank}.pt" for rank in range(WORLD)]
-    if not all(file.exists() for file in files):
-        pytest.fail("\n".join(output))
-    results = [torch.load(file, weights_only=False) for file in files]
-    return {name: [result[name] for result in results] for name in SCENARIOS}
+    """``job(scenario)`` -> [result of process 0, of process 1]"""
+    return launch(__file__, tmp_path_factory.mktemp("job"))
 
 
 def test_rows_are_alike_on_both_processes(job):
-    (masks, history), (others, other_history) = job["graded"]
+    (masks, history), (others, other_history) = job("graded")
     assert masks == others and history == other_history
     assert any(0 < sum(mask) < len(mask) for mask in masks[-1].values()) and not history[-1]["warmup"]
 
 
 def test_the_first_process_decides_about_tied_rows(job):
-    first, second = job["tied"]
+    first, second = job("tied")
     assert first == second == [drawn_masks(number) for number in range(3)] != [drawn_masks(10 + number) for number in range(3)]
 
 
 @pytest.mark.parametrize("proxy", ["synflow", "alpha_test"])
 def test_scores_of_own_passes_are_alike_on_both_processes(job, proxy):
-    first, second = job[proxy]
+    first, second = job(proxy)
     alone = [own_pass_scores(rank, proxy) for rank in range(WORLD)]
     # What each process would have found alone is not the same.
     assert first == second and alone[0] != alone[1]
 
 
 def test_a_metric_that_fails_on_one_process_raises_on_both(job):
-    (first, *of_first), (second, *of_second) = job["failing-metric"]
+    (first, *of_first), (second, *of_second) = job("failing-metric")
     assert first == "RuntimeError: scoring failed on another process; no rank was changed"
     assert second == "KeyError: 'no such metric'" and of_first == of_second == [5, [], True]
 
 
 if __name__ == "__main__":
-    work(int(sys.argv[1]), sys.argv[2])
+    work(SCENARIOS, int(sys.argv[1]), sys.argv[2])
 
 
 def test_state_of_a_search_over_paths_is_refused_by_one_over_rows():
