@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from heterolora_kernels.config import HeteroLoraConfig, Site
+from heterolora_kernels.distributed import is_dtensor
 from heterolora_kernels.sites import SHORTCUTS, SITES, site_of, why_refused
 
 
@@ -42,8 +43,7 @@ _PACKED_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32)
 def is_quantised(tensor: Tensor) -> bool:
     """Whether a tensor holds packed or 8-bit numbers, or is of a class of its own that stands for such."""
     if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer, nn.parameter.UninitializedParameter):
-        # By name: importing torch.distributed.tensor takes half a second.
-        return type(tensor).__name__ != "DTensor"
+        return not is_dtensor(tensor)
     return tensor.dtype in _PACKED_DTYPES or tensor.is_floating_point() and tensor.dtype.itemsize < 2
 
 

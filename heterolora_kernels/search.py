@@ -108,9 +108,7 @@ class RankSearch:
         self._average: dict[str, float | list[float]] = {}
         self._covered = False
         self._started = False
-        self._steps = 0
-        self._last = 0
-        self._reallocations = 0
+        self._steps = self._last = self._reallocations = 0
         self._window: Collector | None = None
         self._forget_window: weakref.finalize | None = None
         self._warned: set[str] = set()
@@ -159,11 +157,12 @@ class RankSearch:
         Returns:
             Whether ranks were chosen in this call.
         """
+        if self._accumulation is not None and not self._accumulation.sync_gradients:
+            # accelerate's optimizer did nothing either: the statistics so far belong to a step that is still to come.
+            self._state.step_hooks.driven = True
+            return False
         with undone_on_failure(self.undo_point()):
             self._state.step_hooks.driven = True
-            if self._accumulation is not None and not self._accumulation.sync_gradients:
-                # accelerate's optimizer did nothing either: the statistics so far belong to a step that is still to come.
-                return False
             if self._window is not None:
                 # What no optimizer hook has committed belongs to a step that was skipped.
                 self._window.discard()
