@@ -40,6 +40,48 @@ Backward backward_op(const Inputs& in, TensorList grad_outs, int64_t flags, cons
                        in.active, in.rng, in.path_output, in.path_source, in.dropout_p, flags, hidden, mask, needs);
 }
 
+// [..., K] as the ops take it.
+Tensor flat(const Tensor& tensor) {
+    if (tensor.dim() == 2 || tensor.dim() == 0) return tensor;
+    const auto leading = tensor.sizes().slice(0, tensor.dim() - 1);
+    return tensor.reshape({c10::multiply_integers(leading), tensor.size(-1)});
+}
+
+variable_list flat(TensorList tensors) {
+    variable_list found;
+    for (const Tensor& tensor : tensors) found.push_back(flat(tensor));
+    return found;
+}
+
+// Inputs with x, sources and base_outs flattened, and what brings results into the shape that they came in.
+struct Flat {
+    explicit Flat(const Inputs& in)
+        : x(flat(in.x)), base_outs(in.is_delta ? flat(in.bases) : variable_list()), sources(flat(in.sources)),
+          inputs{in.is_delta, x, in.is_delta ? TensorList(base_outs) : in.bases, in.packs, in.biases, sources, in.lora_A, in.lora_B,
+                 in.scaling, in.gate, in.active, in.rng, in.path_output, in.path_source, in.dropout_p} {}
+    Flat(const Flat&) = delete;
+
+    Tensor x;
+    variable_list base_outs, sources;
+    Inputs inputs;
+};
+
+// `tensor` [M, N] with the leading dimensions of `like` in the place of M.
+Tensor shaped(Tensor tensor, const Tensor& like) {
+    if (like.dim() == 2) return tensor;
+    at::DimVector sizes(like.sizes());
+    sizes.back() = tensor.size(-1);
+    return tensor.view(sizes);
+}
+
+Forward shaped_forward(const Inputs& in, int64_t flags) {
+    const Flat flattened(in);
+    Forward found = forward_op(flattened.inputs, flags);
+    std::vector<Tensor>& outs = std::get<0>(found);
+    for (size_t i = 0; i < outs.size(); ++i) outs[i] = shaped(std::move(outs[i]), in.is_delta ? in.bases[i] : in.x);
+    return found;
+}
+
 // Gradients that raise where they are differentiated.
 struct OnceDifferentiable : torch::autograd::Function<OnceDifferentiable> {
     static variable_list forward(AutogradContext*, TensorList grads) {
@@ -69,7 +111,7 @@ struct LoraOp : torch::autograd::Function<LoraOp> {
         const int64_t flags = has_probe ? flag_save | flag_statistics : flag_save;
         Forward found = [&] {
             at::AutoDispatchBelowADInplaceOrView below;
-            return forward_op(*in, flags);
+            return shaped_forward(*in, flags);
         }();
         auto& [outs, hidden, mask] = found;
         const TensorList lists[] = {in->bases, in->packs, in->biases, in->sources, in->lora_A, in->lora_B};
@@ -114,8 +156,9 @@ private:
         const size_t paths = lora_A.size();
         const int64_t* places = numbers.data() + 9;
         const std::optional<Tensor> rng = saved[4].defined() ? std::optional<Tensor>(saved[4]) : std::nullopt;
-        const Inputs in{numbers[0] != 0, saved[0], bases, packs, biases, sources, lora_A, lora_B, saved[1], saved[2], saved[3], rng,
-                        {places, paths}, {places + paths, paths}, ctx->saved_data["dropout_p"].toDouble()};
+        const Flat flattened({numbers[0] != 0, saved[0], bases, packs, biases, sources, lora_A, lora_B, saved[1], saved[2], saved[3],
+                              rng, {places, paths}, {places + paths, paths}, ctx->saved_data["dropout_p"].toDouble()});
+        const Inputs& in = flattened.inputs;
 
         // Which edges ask, in the order of the inputs.
         const size_t total = 1 + has_probe + bases.size() + biases.size() + sources.size() + 2 * paths;
@@ -135,28 +178,28 @@ private:
         Tensor* grad_of = grads.data() + 2;
         if (std::none_of(grad_outs.begin(), grad_outs.end(), [](const Tensor& grad) { return grad.defined(); })) return grads;
         // An output that the loss does not use is left out, with its paths: their parameters get no gradient.
-        variable_list given(grad_outs);
-        for (Tensor& grad : given) {
-            if (!grad.defined()) grad = at::empty({0}, in.x.options());
-        }
+        variable_list given;
+        for (const Tensor& grad : grad_outs) given.push_back(grad.defined() ? flat(grad) : at::empty({0}, in.x.options()));
         const auto uses = [&](size_t p) { return grad_outs[in.path_output[p]].defined(); };
         if (needs != 0) {
             at::AutoDispatchBelowADInplaceOrView below;
             auto [grad_x, grad_sources, grad_A, grad_B, stats] = backward_op(in, given, numbers[2], saved[5], saved[6], needs);
-            if (asks(0)) grad_of[0] = std::move(grad_x);
+            if (asks(0)) grad_of[0] = shaped(std::move(grad_x), saved[0]);
             if (asks_probe) grad_of[1] = std::move(stats);
             for (size_t p = 0; p < paths; ++p) {
                 if (!uses(p)) continue;
                 const int64_t source = in.path_source[p];
-                if (source >= 0 && asks(at_sources + source)) grad_of[at_sources + source] = grad_sources[source];
+                if (source >= 0 && asks(at_sources + source)) {
+                    grad_of[at_sources + source] = shaped(grad_sources[source], sources[source]);
+                }
                 if (asks(at_A + p)) grad_of[at_A + p] = std::move(grad_A[p]);
                 if (asks(at_B + p)) grad_of[at_B + p] = std::move(grad_B[p]);
             }
         }
         for (size_t i = 0; i < bases.size(); ++i) {
             if (!grad_outs[i].defined()) continue;
-            if (asks(at_bases + i)) grad_of[at_bases + i] = in.is_delta ? grad_outs[i] : at::mm(grad_outs[i].t(), in.x);
-            if (!in.is_delta && asks(at_biases + i)) grad_of[at_biases + i] = grad_outs[i].sum(0);
+            if (asks(at_bases + i)) grad_of[at_bases + i] = in.is_delta ? grad_outs[i] : at::mm(given[i].t(), in.x);
+            if (!in.is_delta && asks(at_biases + i)) grad_of[at_biases + i] = given[i].sum(0);
         }
         return grads;
     }
@@ -173,7 +216,7 @@ std::vector<Tensor> call_with_gradients(const Inputs& in, const std::optional<Te
         }
         if (torch::autograd::any_variable_requires_grad(inputs)) return LoraOp::apply(&in, probe.has_value(), TensorList(inputs));
     }
-    return std::get<0>(forward_op(in, 0));
+    return std::get<0>(shaped_forward(in, 0));
 }
 
 }  // namespace hlk_torch

@@ -51,7 +51,8 @@ struct Inputs {
     double dropout_p;
 };
 
-// The outputs of a forward op, with its gradients where something asks for one. probe: float32 leaf [R, columns] whose gradient
+// The outputs of a forward op, with its gradients where something asks for one. x, sources and base_outs may have any leading
+// dimensions, which the outputs have then. probe: float32 leaf [R, columns] whose gradient
 // receives the statistics.
 std::vector<Tensor> call_with_gradients(const Inputs& in, const std::optional<Tensor>& probe);
 

@@ -1,6 +1,6 @@
 """The fused op as functions of tensors: what layers are made of, and what can be used without them.
 
-Both functions take tensors of any leading shape, flatten them to the op's [M, K], and put the shape back.
+They take tensors of any leading shape, which their results have then.
 """
 
 from __future__ import annotations
@@ -13,11 +13,6 @@ from torch import Tensor
 from heterolora_kernels.backends import resolve
 from heterolora_kernels.ops.autograd import call_lora_delta, call_lora_linear
 from heterolora_kernels.ops.rng import draw_rng
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
-
 
 _no_biases: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
@@ -95,7 +90,7 @@ def lora_linear(x: Tensor, weight: Tensor, lora_A: Tensor | None, lora_B: Tensor
         source, a, b, s = shortcut
         _require_tensor(f"shortcuts[{j}][0]", source)
         paths.append((j, a, b, s))
-        sources.append(_flat(source))
+        sources.append(source)
     for p, (_, a, b, s) in enumerate(paths):
         _require_tensor(f"lora_A[{p}]", a)
         _require_tensor(f"lora_B[{p}]", b)
@@ -147,19 +142,23 @@ def lora_linear_group(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Ten
     Raises:
         ValueError, TypeError: name the argument.
     """
-    flat, name, shaped = _flat(x), resolve(x.device, backend, x.dtype), x.dim() != 2
+    return run_group(resolve(x.device, backend, x.dtype), x, list(weights), list(packs), biases, list(sources), list(lora_A),
+                     list(lora_B), scaling, gate, active, rng, list(path_output), list(path_source), dropout_p, probe)
+
+
+def run_group(backend: str, x: Tensor, weights: list[Tensor], packs: list[Tensor], biases: Sequence[Tensor | None],
+              sources: list[Tensor], lora_A: list[Tensor], lora_B: list[Tensor], scaling: Tensor, gate: Tensor, active: Tensor,
+              rng: Tensor | None, path_output: list[int], path_source: list[int], dropout_p: float,
+              probe: Tensor | None) -> list[Tensor]:
+    """:func:`lora_linear_group` on a backend that was resolved; every argument in its place, lists as such."""
     # F.linear adds the bias after the product where x is strided and of more than two dimensions, and inside it
     # elsewhere; the reference promises the bits of F.linear.
-    bias_last = shaped and name == "reference" and x.dim() > 2 and not x.is_contiguous()
+    bias_last = backend == "reference" and x.dim() > 2 and not x.is_contiguous()
     outs = call_lora_linear(
-        name, flat, list(weights), list(packs),
+        backend, x, weights, packs,
         [_no_bias(weight) if bias is None or bias_last else bias for weight, bias in zip(weights, biases)],
-        [_flat(u) for u in sources], list(lora_A), list(lora_B), scaling, gate, active, rng, list(path_output),
-        list(path_source), dropout_p, probe)
-    if not shaped:
-        return outs
-    outs = [out.reshape(*x.shape[:-1], out.shape[-1]) for out in outs]
-    return [out if bias is None or not bias_last else out + bias for out, bias in zip(outs, biases)]
+        sources, lora_A, lora_B, scaling, gate, active, rng, path_output, path_source, dropout_p, probe)
+    return [out if bias is None else out + bias for out, bias in zip(outs, biases)] if bias_last else outs
 
 
 def lora_delta(base_out: Tensor, sources: Sequence[Tensor], lora_A: Sequence[Tensor], lora_B: Sequence[Tensor],
@@ -184,10 +183,8 @@ def lora_delta(base_out: Tensor, sources: Sequence[Tensor], lora_A: Sequence[Ten
     """
     if x is None and path_source is not None and -1 in path_source:
         raise ValueError("x must be given where path_source has -1, got None")
-    flat = _flat(base_out)
     # Where no path reads x it only tells M and the dtype: detached, it asks for no gradient and is no duplicate input.
-    outs = call_lora_delta(
-        resolve(base_out.device, backend, base_out.dtype), flat.detach() if x is None else _flat(x), [flat],
-        [_flat(u) for u in sources], list(lora_A), list(lora_B), scaling, gate, active, rng, [0] * len(lora_A),
-        list(range(len(sources)) if path_source is None else path_source), dropout_p, probe)
-    return outs[0].reshape(base_out.shape)
+    return call_lora_delta(
+        resolve(base_out.device, backend, base_out.dtype), base_out.detach() if x is None else x, [base_out], list(sources),
+        list(lora_A), list(lora_B), scaling, gate, active, rng, [0] * len(lora_A),
+        list(range(len(sources)) if path_source is None else path_source), dropout_p, probe)[0]

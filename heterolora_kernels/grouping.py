@@ -9,6 +9,8 @@ a recompute knows neither the key nor the outputs that another call left.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
+from operator import is_
 
 import torch
 from torch import Tensor, nn
@@ -30,56 +32,59 @@ GROUPS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 
 
+@dataclass(eq=False)
+class _Tensors:
+    """A member's tensors as they were when they were found plain.
+
+    Attributes:
+        found: as :func:`_tensors_of` gives them.
+        addresses: of those that are parameters.
+        counted: those that count their versions.
+    """
+
+    found: tuple[Tensor | None, ...]
+    addresses: list[int]
+    counted: list[Tensor]
+
+    @classmethod
+    def of(cls, found: tuple[Tensor | None, ...]) -> _Tensors:
+        return cls(found, _addresses(found), [t for t in found if t is not None and not t.is_inference()])
+
+    def are(self, found: tuple[Tensor | None, ...]) -> bool:
+        """Whether they are the same objects."""
+        return all(map(is_, self.found, found))
+
+    def versions(self) -> list[int]:
+        return [t._version for t in self.counted]
+
+
+@dataclass(eq=False)
 class Turn:
     """One tensor's way through the members of a group.
 
     Attributes:
-        called: the members that had their turn.
+        x: the tensor.
+        called: the members that had their turn, as indices.
         rng: int64 [1], the key of the mask; None before somebody asked.
+        outs: every member's output until it is taken, if the first member computed them; else None.
+        circumstances, tensors, versions: what they were computed from.
     """
 
-    def __init__(self, x: Tensor):
-        self._x = x
-        self.called: set[str] = set()
-        self.rng: Tensor | None = None
-        self._outs: list[Tensor | None] | None = None
-        self._circumstances: tuple = ()
-        self._tensors: list[list] = []
-
-    @property
-    def holds_outputs(self) -> bool:
-        """Whether the first member computed those of the others."""
-        return self._outs is not None
-
-    def reads(self, x: Tensor) -> bool:
-        """Whether x is the tensor of this turn."""
-        return self._x is x
+    x: Tensor
+    called: set[int] = field(default_factory=set)
+    rng: Tensor | None = None
+    outs: list[Tensor | None] | None = None
+    circumstances: tuple = ()
+    tensors: list[_Tensors] = field(default_factory=list)
+    versions: list[list[int]] = field(default_factory=list)
 
     def key(self, x: Tensor) -> Tensor:
         """The key of the mask of x: that of the turn, or one of its own for another tensor."""
-        if not self.reads(x):
+        if self.x is not x:
             return draw_rng(x.device)
         if self.rng is None:
             self.rng = draw_rng(x.device)
         return self.rng
-
-    def hold(self, outs: list[Tensor], index: int, circumstances: tuple, linears: list[nn.Module]) -> Tensor:
-        """Keep every member's output but one, which is returned, and what they were computed from."""
-        self._outs, self._circumstances = list(outs), circumstances
-        if not torch.compiler.is_compiling():
-            self._tensors = [[(t, _version(t)) for t in _tensors_of(linear)] for linear in linears]
-        self._outs[index] = None
-        return outs[index]
-
-    def take(self, index: int, x: Tensor, circumstances: tuple, linear: nn.Module) -> Tensor | None:
-        """The output of one member, if x, the circumstances and the member's tensors are those it was computed from."""
-        out, self._outs[index] = self._outs[index], None
-        if out is None or not self.reads(x) or circumstances != self._circumstances:
-            return None
-        if not torch.compiler.is_compiling() and any(
-                t is not seen or _version(t) != version for t, (seen, version) in zip(_tensors_of(linear), self._tensors[index])):
-            return None
-        return out
 
 
 class LinearGroup:
@@ -100,12 +105,13 @@ class LinearGroup:
         self.linears: list[nn.Module] = []
         self._own_hooks: list[int] = []
         self._is_wide = False
+        self._plain: list[_Tensors] = []
         self.derived = None
         self._turn: Turn | None = None
         self._surroundings: tuple | None = None
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "derived": None, "_turn": None, "_surroundings": None}
+        return {**self.__dict__, "derived": None, "_plain": [], "_turn": None, "_surroundings": None}
 
     def fuse(self, linears: Iterable[nn.Module], own_hooks: Iterable[int]) -> None:
         """Let the members run as one op.
@@ -129,24 +135,15 @@ class LinearGroup:
         """Whether the layer's forward runs, and a member that is called now is not in a checkpoint of its own."""
         return self._surroundings is not None and self._surroundings == _surroundings()
 
-    def enter(self, member: str, x: Tensor) -> Turn:
-        """The turn in which ``member`` is called with x. A member that is called again begins a new one."""
+    def enter(self, index: int, x: Tensor) -> Turn:
+        """The turn in which a member is called with x. A member that is called again begins a new one."""
         turn = self._turn
-        if turn is None or member in turn.called:
+        if turn is None or index in turn.called:
             turn = self._turn = Turn(x)
-        turn.called.add(member)
+        turn.called.add(index)
         if len(turn.called) == len(self.members):
             self._turn = None
         return turn
-
-    def circumstances(self, linear: nn.Module, x: Tensor, collecting: bool) -> tuple:
-        """What must be the same for an output to be taken later."""
-        device_type = x.device.type
-        autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
-        found = (torch.get_autocast_dtype(device_type) if autocast else None, linear.training, collecting)
-        if torch.compiler.is_compiling():
-            return found
-        return (*found, torch.is_inference_mode_enabled(), _version(x), id(self.derived))
 
     def may_run(self, turn: Turn, linear: nn.Module, x: Tensor) -> bool:
         """Whether the members can run as one op now, ``linear`` being the first that is called with x."""
@@ -158,18 +155,55 @@ class LinearGroup:
             return False
         # Writes to x between the calls would not be seen: an inference tensor counts none, nor does a traced one.
         unseen = torch.compiler.is_compiling() or x.is_inference()
-        weight, asks = linear.weight, None
         for member, own_hooks in zip(self.linears, self._own_hooks):
-            if not _is_plain(member, weight) or member.training != linear.training:
+            if member.training != linear.training or "forward" in member.__dict__ or member._backward_hooks:
                 return False
             if unseen and len(member._forward_hooks) + len(member._forward_pre_hooks) > own_hooks:
                 return False
-            # One op has outputs that ask for a gradient or has none.
-            wants = x.requires_grad or any([t is not None and t.requires_grad for t in member._parameters.values()])
-            if asks is not None and wants != asks:
-                return False
-            asks = wants
+        # One op has outputs that ask for a gradient or has none.
+        return self._are_plain() and (x.requires_grad or not torch.is_grad_enabled() or len(set(map(_asks, self.linears))) == 1)
+
+    def _are_plain(self) -> bool:
+        """Whether the members' tensors lie here, whole, beside each other; looked at again where some were exchanged or moved."""
+        found = [_tensors_of(linear) for linear in self.linears]
+        if torch.compiler.is_compiling():
+            return all([_is_plain(tensors, found[0][0]) for tensors in found])
+        if self._plain and all([known.are(tensors) and known.addresses == _addresses(tensors)
+                                for known, tensors in zip(self._plain, found)]):
+            return True
+        self._plain = []
+        if not all([_is_plain(tensors, found[0][0]) for tensors in found]):
+            return False
+        self._plain = [_Tensors.of(tensors) for tensors in found]
         return True
+
+    def hold(self, turn: Turn, index: int, outs: list[Tensor], collecting: bool) -> Tensor:
+        """Keep every member's output but one, which is returned, and what they were computed from."""
+        turn.outs, turn.circumstances = list(outs), self._circumstances(index, turn.x, collecting)
+        if not torch.compiler.is_compiling():
+            turn.tensors, turn.versions = self._plain, [tensors.versions() for tensors in self._plain]
+        turn.outs[index] = None
+        return outs[index]
+
+    def take(self, turn: Turn, index: int, x: Tensor, collecting: bool) -> Tensor | None:
+        """The output of one member, if x, the circumstances and the member's tensors are those it was computed from."""
+        out, turn.outs[index] = turn.outs[index], None
+        if out is None or turn.x is not x or self._circumstances(index, x, collecting) != turn.circumstances:
+            return None
+        if torch.compiler.is_compiling():
+            return out
+        tensors = turn.tensors[index]
+        is_same = tensors.are(_tensors_of(self.linears[index])) and tensors.versions() == turn.versions[index]
+        return out if is_same else None
+
+    def _circumstances(self, index: int, x: Tensor, collecting: bool) -> tuple:
+        """What must be the same for an output to be taken later."""
+        device_type = x.device.type
+        autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
+        found = (torch.get_autocast_dtype(device_type) if autocast else None, self.linears[index].training, collecting)
+        if torch.compiler.is_compiling():
+            return found
+        return (*found, torch.is_inference_mode_enabled(), None if x.is_inference() else x._version, id(self.derived))
 
 
 def _surroundings() -> tuple:
@@ -179,27 +213,28 @@ def _surroundings() -> tuple:
     return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
-def _version(tensor: Tensor | None) -> int | None:
-    return None if tensor is None or tensor.is_inference() else tensor._version
-
-
 def _tensors_of(linear: nn.Module) -> tuple[Tensor | None, ...]:
     parameters = linear._parameters
     return (parameters.get("weight"), parameters.get("bias"), parameters.get("lora_A"), parameters.get("lora_B"),
             linear._buffers.get("lora_mask"))
 
 
-def _is_plain(linear: nn.Module, like: Tensor) -> bool:
-    """Whether a member's forward is its class's and its tensors lie here, whole, beside those of the others.
+def _addresses(found: tuple[Tensor | None, ...]) -> list[int]:
+    """Of a member's parameters; whoever moves or empties one through ``.data`` leaves it the same object of the same version."""
+    return [t.data_ptr() for t in found[:4] if t is not None]
+
+
+def _asks(linear: nn.Module) -> bool:
+    return any([t is not None and t.requires_grad for t in linear._parameters.values()])
+
+
+def _is_plain(found: tuple[Tensor | None, ...], like: Tensor | None) -> bool:
+    """Whether a member's tensors lie here, whole, beside those of the others.
 
     A DTensor, a ZeRO-3 partition, a parameter that FSDP has flattened or an offloaded one is brought by the member's own call.
     """
-    parameters = linear._parameters
-    if "forward" in linear.__dict__ or linear._backward_hooks:
-        return False
-    weight, bias = parameters.get("weight"), parameters.get("bias")
-    tensors = [weight, parameters.get("lora_A"), parameters.get("lora_B"), *([] if bias is None else [bias])]
-    for tensor in tensors:
+    weight, bias, lora_A, lora_B, _ = found
+    for tensor in (weight, lora_A, lora_B, *([] if bias is None else [bias])):
         if type(tensor) is not nn.Parameter or tensor.device != like.device or tensor.is_meta or tensor.numel() == 0:
             return False
         if not torch.compiler.is_compiling() and tensor.untyped_storage().nbytes() == 0:

@@ -13,12 +13,13 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 
 import torch
 from torch import Tensor, nn
 
 from heterolora_kernels.backends import resolve
-from heterolora_kernels.functional import lora_delta, lora_linear_group
+from heterolora_kernels.functional import lora_delta, run_group
 from heterolora_kernels.grouping import LinearGroup
 from heterolora_kernels.ops.ledger import NUM_COLUMNS, Ledger
 from heterolora_kernels.ops.rng import draw_rng
@@ -27,6 +28,20 @@ from heterolora_kernels.sites import SHORTCUTS, LayerState
 from heterolora_kernels.undo import put_back
 
 _AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _own(module: nn.Module, name: str) -> Tensor | None:
+    """``getattr(module, name)`` for a parameter.
+
+    nn.Module's look-up costs as much as a small matmul, in each call of each path. FSDP has a plain attribute there while the
+    module runs, a parametrization a property.
+    """
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
+
+
+def _weight_and_bias(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    return _own(linear, "weight"), _own(linear, "bias")
 
 
 @dataclass
@@ -66,17 +81,13 @@ class Path:
         """``"lora"`` or ``"shortcut"``."""
         return "lora" if self.site is None else "shortcut"
 
-    # Not holder.lora_A first: nn.Module's attribute look-up costs as much as a small matmul, in each call of each path. FSDP
-    # has a plain attribute there while the module runs.
     @property
     def lora_A(self) -> Tensor:
-        found = self.holder._parameters.get("lora_A")
-        return self.holder.lora_A if found is None else found
+        return _own(self.holder, "lora_A")
 
     @property
     def lora_B(self) -> Tensor:
-        found = self.holder._parameters.get("lora_B")
-        return self.holder.lora_B if found is None else found
+        return _own(self.holder, "lora_B")
 
     @property
     def mask(self) -> Tensor:
@@ -102,6 +113,8 @@ class _Derived:
     gate: Tensor
     active: Tensor
     probe: Tensor
+    path_output: list[int]
+    path_source: list[int]
     #: The rows of the probe that are one path set's own, where several share it.
     rows: slice | None = None
     everything_on: bool = False
@@ -223,24 +236,22 @@ class PathSet:
         if group is None or not group.is_running:
             rng = draw_rng(x.device) if dropout_p else None
             return self._run_alone(weight, bias, x, rng, dropout_p)
-        turn = group.enter(self.paths[0].name, x)
-        index = group.members.index(self.paths[0].name)
-        if turn.holds_outputs:
-            out = turn.take(index, x, group.circumstances(module, x, self.switches.ledger.collecting), module)
+        index, collecting = group.members.index(self.paths[0].name), self.switches.ledger.collecting
+        turn = group.enter(index, x)
+        if turn.outs is not None:
+            out = group.take(turn, index, x, collecting)
             if out is not None:
                 return out
         rng = turn.key(x) if dropout_p else None
         if not group.may_run(turn, module, x):
             return self._run_alone(weight, bias, x, rng, dropout_p)
-        members = [(linear._heterolora, linear.weight, linear.bias) for linear in group.linears]
-        for paths, _, _ in members:
-            paths._current(weight.device)
+        members, device = [(linear._heterolora, *_weight_and_bias(linear)) for linear in group.linears], weight.device
+        parts = [paths._current(device) for paths, _, _ in members]
         derived = group.derived
-        if derived is None or any(paths.derived.probe is not derived.probe for paths, _, _ in members):
+        if derived is None or any([part.probe is not derived.probe for part in parts]):
             return self._run_alone(weight, bias, x, rng, dropout_p)
-        circumstances = group.circumstances(module, x, self.switches.ledger.collecting)
         outs = _run_linears(members, derived, self._probe(derived), x, rng, dropout_p)
-        return turn.hold(outs, index, circumstances, group.linears)
+        return group.hold(turn, index, outs, collecting)
 
     def _run_alone(self, weight: Tensor, bias: Tensor | None, x: Tensor, rng: Tensor | None, dropout_p: float) -> Tensor:
         derived = self._current(weight.device)
@@ -253,18 +264,27 @@ class PathSet:
         turn = None if group is None or not group.is_running else group.enter(self.paths[0].name, x)
         if dropout_p:
             rng = draw_rng(base_out.device) if turn is None else turn.key(x)
-        sources, lora_A, lora_B, path_source = self.gather()
-        return call_delta(base_out, x if -1 in path_source else None, sources, lora_A, lora_B, derived.scaling, derived.gate,
+        path_source = derived.path_source
+        return call_delta(base_out, x if -1 in path_source else None, *_gather([self]), derived.scaling, derived.gate,
                           derived.active, path_source, rng=rng, dropout_p=dropout_p, probe=self._probe(derived))
 
-    def gather(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int]]:
-        """sources, lora_A, lora_B and path_source of the paths, as the op takes them."""
-        sources, path_source = [], []
-        for path in self.paths:
-            path_source.append(-1 if path.site is None else len(sources))
+
+def _gather(sets: Sequence[PathSet]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """sources, lora_A and lora_B of all paths, as the op takes them."""
+    sources, lora_A, lora_B = [], [], []
+    for paths in sets:
+        for path in paths.paths:
+            lora_A.append(path.lora_A)
+            lora_B.append(path.lora_B)
             if path.site is not None:
-                sources.append(self.source(path))
-        return sources, [path.lora_A for path in self.paths], [path.lora_B for path in self.paths], path_source
+                sources.append(paths.source(path))
+    return sources, lora_A, lora_B
+
+
+def _path_source(paths: Sequence[Path]) -> list[int]:
+    """For each path -1 or the place of its source, in the order of :func:`_gather`."""
+    places = count()
+    return [-1 if path.site is None else next(places) for path in paths]
 
 
 def _derive(sets: Sequence[PathSet], device: torch.device) -> _Derived:
@@ -279,7 +299,7 @@ def _derive(sets: Sequence[PathSet], device: torch.device) -> _Derived:
             torch.tensor([path.scaling for path in paths], dtype=torch.float32, device=device),
             torch.zeros(total, dtype=torch.float32, device=device),
             torch.zeros(len(paths), dtype=torch.int32, device=device),
-            probe)
+            probe, [output for output, s in enumerate(sets) for _ in s.paths], _path_source(paths))
         if len(sets) == 1:
             sets[0].derived = whole
             return whole
@@ -287,7 +307,7 @@ def _derive(sets: Sequence[PathSet], device: torch.device) -> _Derived:
         for s in sets:
             end, last_row = first + len(s.paths), row + sum(path.r for path in s.paths)
             s.derived = _Derived(whole.scaling[first:end], whole.gate[row:last_row], whole.active[first:end], probe,
-                                 slice(row, last_row))
+                                 [0] * len(s.paths), _path_source(s.paths), slice(row, last_row))
             first, row = end, last_row
     return whole
 
@@ -295,42 +315,32 @@ def _derive(sets: Sequence[PathSet], device: torch.device) -> _Derived:
 def _run_linears(members: Sequence[tuple[PathSet, Tensor, Tensor | None]], derived: _Derived, probe: Tensor | None, x: Tensor,
                  rng: Tensor | None, dropout_p: float) -> list[Tensor]:
     """Every member's output in one op. members: (path set, weight, bias) of each; derived and probe: over all their paths."""
-    sources, lora_A, lora_B, path_source = members[0][0].gather()
-    path_output = [0] * len(lora_A)
-    for output, (paths, _, _) in enumerate(members[1:], 1):
-        own, own_A, own_B, own_source = paths.gather()
-        path_source += [-1 if key == -1 else key + len(sources) for key in own_source]
-        path_output += [output] * len(own_A)
-        sources += own
-        lora_A += own_A
-        lora_B += own_B
+    sources, lora_A, lora_B = _gather([paths for paths, _, _ in members])
     return call_linears(x, [weight for _, weight, _ in members], [bias for _, _, bias in members],
                         [paths.packs for paths, _, _ in members], sources, lora_A, lora_B, derived.scaling, derived.gate,
-                        derived.active, path_output, path_source, rng=rng, dropout_p=dropout_p, probe=probe)
+                        derived.active, derived.path_output, derived.path_source, rng=rng, dropout_p=dropout_p, probe=probe)
 
 
 def call_linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], packs: Sequence[Packs | None],
-                 sources: Sequence[Tensor], lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: Tensor, gate: Tensor,
-                 active: Tensor, path_output: Sequence[int], path_source: Sequence[int], *, rng: Tensor | None,
+                 sources: Sequence[Tensor], lora_A: list[Tensor], lora_B: list[Tensor], scaling: Tensor, gate: Tensor,
+                 active: Tensor, path_output: list[int], path_source: list[int], *, rng: Tensor | None,
                  dropout_p: float, probe: Tensor | None = None) -> list[Tensor]:
     """:func:`~heterolora_kernels.functional.lora_linear_group` as a module calls it: under autocast in its dtype and with it off
     inside, with the packs of each weight (those of ``packs``, or None), sources in the dtype of x."""
     device_type = x.device.type
-    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
-    if autocast and x.dtype in _AUTOCAST_DTYPES:
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        backend = resolve(x.device, None, x.dtype)
+        return run_group(backend, x, weights, _packs_of(packs, backend, weights, x), biases, [u.to(x.dtype) for u in sources],
+                         lora_A, lora_B, scaling, gate, active, rng, path_output, path_source, dropout_p, probe)
+    if x.dtype in _AUTOCAST_DTYPES:
         dtype = torch.get_autocast_dtype(device_type)
         x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
         biases = [None if bias is None else bias.to(dtype) for bias in biases]
-    name = resolve(x.device, None, x.dtype)
     sources = [source.to(x.dtype) for source in sources]
-    args = (x, weights, biases, sources, lora_A, lora_B, scaling, gate, active, path_output, path_source)
-    # A weight that autocast has just cast is another one in each call.
-    call = dict(rng=rng, dropout_p=dropout_p, probe=probe, packs=[] if autocast else _packs_of(packs, name, weights, x),
-                backend=name)
-    if not autocast:
-        return lora_linear_group(*args, **call)
+    # Without packs: a weight that autocast has just cast is another one in each call.
     with torch.autocast(device_type, enabled=False):
-        return lora_linear_group(*args, **call)
+        return run_group(resolve(x.device, None, x.dtype), x, weights, [], biases, sources, lora_A, lora_B, scaling, gate, active,
+                         rng, path_output, path_source, dropout_p, probe)
 
 
 def call_delta(base_out: Tensor, x: Tensor | None, sources: Sequence[Tensor], lora_A: Sequence[Tensor],
@@ -349,9 +359,11 @@ def call_delta(base_out: Tensor, x: Tensor | None, sources: Sequence[Tensor], lo
 
 def _packs_of(owners: Sequence[Packs | None], backend: str, weights: Sequence[Tensor], x: Tensor) -> list[Tensor]:
     """Two packs per weight, empty ones where a weight has none; an empty list where none has."""
+    if len(owners) == 1:
+        return [] if owners[0] is None else owners[0].of(backend, weights[0], x)
     found = [[] if packs is None else packs.of(backend, weight, x) for packs, weight in zip(owners, weights)]
-    if len(found) == 1 or not any(found):
-        return [pack for pair in found for pack in pair]
+    if not any(found):
+        return []
     nothing = weights[0].new_empty((0,), dtype=torch.uint8)
     return [pack for pair in found for pack in pair or (nothing, nothing)]
 
@@ -388,7 +400,7 @@ class PatchedLinear(_Refreshes):
 
     def patched_forward(self, base_forward, input):
         paths = self._heterolora
-        return paths.run_linear(self, self.weight, self.bias, input) if paths.switches.enabled else base_forward(self, input)
+        return paths.run_linear(self, *_weight_and_bias(self), input) if paths.switches.enabled else base_forward(self, input)
 
 
 class PatchedConv1D(_Refreshes):

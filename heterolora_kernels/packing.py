@@ -75,11 +75,7 @@ class Packs:
         """
         if torch.compiler.is_compiling():
             return self.tensors  # nothing can be made while tracing, and the op refuses what does not fit
-        if self.budget.mode == "off" or x.numel() <= FEW_ROWS * weight.shape[1]:
-            return []
-        if not _packable(weight):
-            if self.tensors:
-                self.drop()
+        if x.numel() <= FEW_ROWS * weight.shape[1] or self.budget.mode == "off":
             return []
         # The gradient of x reads the weight along its other side.
         needs_grad = x.requires_grad and torch.is_grad_enabled()
@@ -87,8 +83,14 @@ class Packs:
         made = self._made_for
         # The base of a transposed view is what keeps its identity from call to call.
         owner = weight if weight._base is None else weight._base
-        if made is not None and made[1] is owner and made[0] == backend and made[2] == version and made[3] >= needs_grad:
+        # Of all that makes a weight packable only whether it is trained can change.
+        if (made is not None and made[1] is owner and made[0] == backend and made[2] == version and made[3] >= needs_grad
+                and not weight.requires_grad):
             return self.tensors
+        if not _packable(weight):
+            if self.tensors:
+                self.drop()
+            return []
         # What is made inside a dispatch mode may be without memory (FakeTensorMode), and would be kept.
         if torch._C._len_torch_dispatch_stack() > 0:
             return []

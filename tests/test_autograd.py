@@ -56,6 +56,35 @@ def test_equals_the_function_in_python(monkeypatch, name, used, asked, delta):
             torch.testing.assert_close(grads[key], want, rtol=1e-5, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
+@pytest.mark.parametrize("shape", [(), (2, 2), (1, 4, 1), (2, 0)], ids=str)
+@pytest.mark.parametrize("delta", [False, True], ids=["linear", "delta"])
+def test_leading_dimensions(delta, shape):
+    inputs = make_inputs(replace(CASES["three_linears_four_paths"], m=torch.Size(shape).numel()), torch.float32).requires_grad_()
+    outs, leaves = _run(inputs, delta)
+    grads = random_grads(outs)
+    wanted = torch.autograd.grad(outs, list(leaves.values()), grads)
+
+    def shaped(tensor):
+        # The rows in another place of the memory, where there is more than one leading dimension.
+        parted = tensor.detach().reshape(*shape, tensor.shape[1])
+        return (parted.transpose(0, -1).contiguous().transpose(0, -1) if len(shape) > 1 else parted.clone()).requires_grad_()
+
+    moved = {name: shaped(leaf) for name, leaf in leaves.items() if name == "x" or name.startswith("bases")}
+    moved["sources[1]"] = inputs.sources[1].detach()[None].requires_grad_()
+    inputs = inputs.mapped(lambda name, leaf: moved.get(name, leaf))
+    bases = [moved[f"bases[{i}]"] for i in range(3 * delta)]
+    with torch.no_grad():
+        plain = inputs.run_delta(bases, backend="cpu") if delta else inputs.run(backend="cpu")
+    found = inputs.run_delta(bases, backend="cpu") if delta else inputs.run(backend="cpu")
+    assert all("LoraOp" in out.grad_fn.name() and out._base is None for out in found)
+    assert_same(plain, found, rtol=0, atol=0)
+    assert_same(found, [out.reshape(*shape, out.shape[1]) for out in outs], rtol=0, atol=0)
+    asking = leaves | moved
+    again = torch.autograd.grad(found, list(asking.values()), [grad.reshape(out.shape) for grad, out in zip(grads, found)])
+    assert_same(dict(zip(asking, again)), {name: grad.reshape(leaf.shape) for (name, leaf), grad in zip(asking.items(), wanted)},
+                rtol=0, atol=0)
+
+
 def test_paths_of_unused_outputs_may_hold_nan():
     inputs = make_inputs(replace(CASES["two_linears"], gates="ones"), torch.float32)
     for p, output in enumerate(inputs.path_output):
@@ -76,11 +105,13 @@ def test_refusals_are_those_of_pytorch():
     out.sum().backward()
     with pytest.raises(RuntimeError, match="second time"):
         out.sum().backward()
-    out, = inputs.run(backend="cpu")
-    with torch.no_grad():
-        inputs.lora_A[0].mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        out.sum().backward()
+    for changed in ("x", "lora_A[0]"):
+        shaped = replace(inputs, x=inputs.x[None])
+        out, = shaped.run(backend="cpu")
+        with torch.no_grad():
+            inputs.leaves()[changed].mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
 
 
 def test_hooks_of_saved_tensors_see_the_same_tensors_and_may_raise(monkeypatch):

@@ -24,7 +24,7 @@ def registry(monkeypatch):
     monkeypatch.setattr(backends, "_backends", dict(backends._backends))
     monkeypatch.setattr(backends, "_loaded", set(backends._loaded))
     monkeypatch.setattr(backends, "_chosen", [None])
-    monkeypatch.setattr(backends, "_preferred", {})
+    monkeypatch.setattr(backends, "_resolved", {})
     return backends
 
 

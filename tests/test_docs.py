@@ -121,7 +121,7 @@ def dense_backend(tmp_path_factory):
         sys.path.remove(str(folder))
         sys.modules.pop("dense_backend", None)
         backends._backends.pop("dense", None)
-        backends._preferred.clear()
+        backends._resolved.clear()
 
 
 def test_backends_page_example_is_used_when_asked_for(dense_backend, capsys):

@@ -75,13 +75,13 @@ def make_layer(dtype: torch.dtype = torch.float64, ranks=(3, 5, 9), seed: int = 
 @pytest.fixture
 def ops(monkeypatch) -> list[int]:
     """How many linears each op of the test ran."""
-    calls, real = [], layers_module.lora_linear_group
+    calls, real = [], layers_module.run_group
 
-    def counted(x, weights, *args, **kwargs):
+    def counted(backend, x, weights, *args):
         calls.append(len(weights))
-        return real(x, weights, *args, **kwargs)
+        return real(backend, x, weights, *args)
 
-    monkeypatch.setattr(layers_module, "lora_linear_group", counted)
+    monkeypatch.setattr(layers_module, "run_group", counted)
     return calls
 
 

@@ -50,8 +50,8 @@ class Backend:
 _backends: dict[str, Backend] = {}
 _loaded: set[str] = set()
 _chosen: list[str | None] = [None]
-#: What the automatic choice found, since every forward call asks.
-_preferred: dict[tuple[str, torch.dtype | None], str] = {}
+#: What :func:`resolve` found for a name (None: the automatic choice), since every forward call asks.
+_resolved: dict[tuple[str | None, torch.device, torch.dtype | None], str] = {}
 
 
 def register_backend(backend: Backend) -> None:
@@ -61,7 +61,7 @@ def register_backend(backend: Backend) -> None:
         backend: its description; the module is imported at the first use.
     """
     _backends[backend.name] = backend
-    _preferred.clear()
+    _resolved.clear()
 
 
 def available_backends() -> list[str]:
@@ -137,32 +137,33 @@ def resolve(device: torch.device, backend: str | None = None, dtype: torch.dtype
     Args:
         dtype: of x; None asks for none in particular. A chosen backend that does not take it raises a TypeError.
     """
-    name = backend if backend is not None else _chosen[0]
-    return _automatic(device.type, dtype) if name is None else _named(name, device, dtype)
+    return _resolve(backend if backend is not None else _chosen[0], device, dtype)
 
 
 @torch.compiler.assume_constant_result
+def _resolve(name: str | None, device: torch.device, dtype: torch.dtype | None) -> str:
+    """The backend, loaded; under torch.compile while tracing, since neither a probe nor an import can be traced."""
+    key = (name, device, dtype)
+    found = _resolved.get(key)
+    if found is None:
+        found = _automatic(device.type, dtype) if name is None else _named(name, device, dtype)
+        _load(found)
+        _resolved[key] = found
+    return found
+
+
 def _named(name: str, device: torch.device, dtype: torch.dtype | None) -> str:
-    """A backend that was asked for, loaded; under torch.compile while tracing, as :func:`_automatic`."""
     found = _require(name)
     is_requested = device.type in found.on_request()
     if not is_requested and not found.takes(device.type):
         raise RuntimeError(f"backend {name!r} takes tensors on {list(found.device_types)}, got {device}")
     if not found.takes(found.device_types[0] if is_requested else device.type, dtype):
         raise TypeError(f"backend {name!r} takes x of {[str(d) for d in found.dtypes]}, got {dtype}")
-    _load(found.name)
-    return found.name
-
-
-@torch.compiler.assume_constant_result
-def _automatic(device_type: str, dtype: torch.dtype | None) -> str:
-    """The preferred backend, loaded; under torch.compile while tracing, since neither a probe nor an import can be traced."""
-    name = _preferred.get((device_type, dtype))
-    if name is None:
-        name = next(b.name for b in reversed(_backends.values()) if b.takes(device_type, dtype) and b.why_unavailable() is None)
-        _load(name)
-        _preferred[device_type, dtype] = name
     return name
+
+
+def _automatic(device_type: str, dtype: torch.dtype | None) -> str:
+    return next(b.name for b in reversed(_backends.values()) if b.takes(device_type, dtype) and b.why_unavailable() is None)
 
 
 @torch.compiler.assume_constant_result

@@ -30,8 +30,8 @@ _compiled: dict[tuple[str, str], Callable] = {}
 def register_compiled(backend: str, lora_linear: Callable, lora_delta: Callable) -> None:
     """Call these functions of a backend instead of the ones below wherever nothing is traced.
 
-    They take the op's arguments with ``probe`` in the place of ``flags``, and return its outputs with their gradients, or
-    NotImplemented for tensors that are not theirs to take.
+    They take the arguments of :func:`call_lora_linear` and :func:`call_lora_delta` after the backend, in order, and return what
+    those do, or NotImplemented for tensors that are not theirs to take.
     """
     _compiled["lora_linear", backend], _compiled["lora_delta", backend] = lora_linear, lora_delta
 
@@ -182,13 +182,27 @@ def _call(op: str, backend: str, x: Tensor, bases: Sequence[Tensor], packs: Sequ
                               scaling, gate, active, rng, *tensors))
 
 
+def _flat(tensor: Tensor) -> Tensor:
+    """[..., K] as [M, K], which the ops take."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
+def _shaped(out: Tensor, like: Tensor) -> Tensor:
+    """[M, N] with the leading dimensions of ``like`` in the place of M."""
+    return out if like.dim() == 2 else out.reshape(*like.shape[:-1], out.shape[-1])
+
+
 def call_lora_linear(backend: str, x: Tensor, weights: Sequence[Tensor], packs: Sequence[Tensor], biases: Sequence[Tensor],
                      sources: Sequence[Tensor], lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: Tensor,
                      gate: Tensor, active: Tensor, rng: Tensor | None, path_output: Sequence[int],
                      path_source: Sequence[int], dropout_p: float, probe: Tensor | None = None) -> list[Tensor]:
     """``lora_linear`` of one backend with its gradients; without grad the forward op is called directly.
 
-    Args: as in the op's schema. probe: float32 leaf [R, columns] whose gradient receives the statistics, or None.
+    Args: as in the op's schema, but x and sources may have any leading dimensions, of as many rows; probe: float32 leaf [R,
+        columns] whose gradient receives the statistics, or None.
+
+    Returns:
+        [..., N_i] each, with the leading dimensions of x.
     """
     compiled = None if torch.compiler.is_compiling() else _compiled.get(("lora_linear", backend))
     if compiled is not None:
@@ -196,20 +210,22 @@ def call_lora_linear(backend: str, x: Tensor, weights: Sequence[Tensor], packs: 
                         dropout_p, probe)
         if outs is not NotImplemented:
             return outs
-    return _call("lora_linear", backend, x, weights, packs, biases, sources, lora_A, lora_B, scaling, gate, active, rng,
-                 path_output, path_source, dropout_p, probe)
+    outs = _call("lora_linear", backend, _flat(x), weights, packs, biases, [_flat(u) for u in sources], lora_A, lora_B, scaling,
+                 gate, active, rng, path_output, path_source, dropout_p, probe)
+    return [_shaped(out, x) for out in outs]
 
 
 def call_lora_delta(backend: str, x: Tensor, base_outs: Sequence[Tensor], sources: Sequence[Tensor],
                     lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: Tensor, gate: Tensor, active: Tensor,
                     rng: Tensor | None, path_output: Sequence[int], path_source: Sequence[int], dropout_p: float,
                     probe: Tensor | None = None) -> list[Tensor]:
-    """``lora_delta`` of one backend with its gradients; see :func:`call_lora_linear`."""
+    """``lora_delta`` of one backend with its gradients, every output like its base_out; see :func:`call_lora_linear`."""
     compiled = None if torch.compiler.is_compiling() else _compiled.get(("lora_delta", backend))
     if compiled is not None:
         outs = compiled(x, base_outs, sources, lora_A, lora_B, scaling, gate, active, rng, path_output, path_source, dropout_p,
                         probe)
         if outs is not NotImplemented:
             return outs
-    return _call("lora_delta", backend, x, base_outs, (), (), sources, lora_A, lora_B, scaling, gate, active, rng,
-                 path_output, path_source, dropout_p, probe)
+    outs = _call("lora_delta", backend, _flat(x), [_flat(out) for out in base_outs], (), (), [_flat(u) for u in sources], lora_A,
+                 lora_B, scaling, gate, active, rng, path_output, path_source, dropout_p, probe)
+    return [_shaped(out, base_out) for out, base_out in zip(outs, base_outs)]
