@@ -1,4 +1,5 @@
-"""A search over rows, end to end; the optimizers that it refuses; two processes. Rows under optimizers: test_reactivation.
+"""A search over rows, end to end; the optimizers that it refuses; two processes. Rows under optimizers:
+test_inactive_rows and test_reactivation.
 
 Run as a script, this file is one of two gloo processes.
 """
