@@ -8,7 +8,7 @@ import pytest
 import torch
 from families import adapter_gradients
 from helpers_search import make_llama
-from test_callback import make_trainer, texts
+from helpers_trainer import make_trainer, texts
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
