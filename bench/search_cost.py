@@ -27,7 +27,7 @@ import torch
 
 import heterolora_kernels as hlk
 from bench.timing import Others, quartiles
-from bench.training import ALPHA, RANK, StepContender
+from bench.training import ALPHA, RANK, StepCase, StepContender
 from heterolora_kernels.backends import use_backend
 from heterolora_kernels.search import PROBE_BATCHES
 from heterolora_kernels.state import state_of
@@ -44,22 +44,17 @@ _ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
-class SearchCase:
-    """One row: a model and a dtype. ``interval``: steps from one reallocation to the next for which the cost is told."""
+class SearchCase(StepCase):
+    """One row: a model, a dtype, and ``mode``: ``"time"`` or ``"memory"``.
 
-    block: str
-    name: str
-    model: str
-    dtype: str
-    backend: str
-    mode: str
-    contenders: tuple[str, ...]
-    rank: int = RANK
+    ``interval``: steps from one reallocation to the next for which the cost is told.
+    """
+
     interval: int = round(hlk.HeteroLoraConfig().interval * EPOCH_STEPS)
 
     @property
     def id(self) -> str:
-        return ".".join([self.block, self.name, self.dtype, self.backend, self.mode])
+        return f"{super().id}.{self.mode}"
 
 
 def search_cases(backend: str, quick: bool = False) -> Iterator[SearchCase]:
@@ -69,7 +64,7 @@ def search_cases(backend: str, quick: bool = False) -> Iterator[SearchCase]:
     for model, dtype in rows[:1] if quick else rows:
         contenders = ("in_step", "off") if model == "decoder" else ("in_step", "off", "probe")
         for mode in ("time",) if quick else ("time", "memory"):
-            yield SearchCase("search", model, model, dtype, backend, mode, contenders)
+            yield SearchCase("search", model, model, dtype, backend, contenders, mode)
 
 
 class SearchContender(StepContender):

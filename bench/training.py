@@ -43,7 +43,6 @@ class StepCase:
     dtype: str
     backend: str
     contenders: tuple[str, ...]
-    statistics: bool = True
     mode: str = "step"
     rank: int = RANK
 
@@ -59,7 +58,7 @@ def step_cases(backend: str, quick: bool = False) -> Iterator[StepCase]:
     if quick:
         return
     yield StepCase("steps", "encoder", "encoder", "float32", backend, everything)
-    yield StepCase("steps", "demo", "encoder", "float32", backend, ("op", "reference"), statistics=False)
+    yield StepCase("steps", "demo", "encoder", "float32", backend, ("op", "reference"))
     yield StepCase("steps", "decoder", "decoder", "bfloat16", backend, everything)
 
 
@@ -131,7 +130,7 @@ class StepContender:
         if self.backend is not None and self.case.name == "demo":
             self.search = hlk.RankSearch(self.model, self.optimizer)
             self.search.start()
-        elif self.backend is not None and self.case.statistics:
+        elif self.backend is not None:
             self.stack.enter_context(hlk.collect_statistics(self.model))
 
     def step(self) -> dict[str, float]:
