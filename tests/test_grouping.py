@@ -229,16 +229,42 @@ def test_members_of_two_dtypes_run_alone(ops):
     assert ops == [1, 1, 1]
 
 
-def test_members_whose_storage_was_freed_are_not_touched(ops):
+def _free_storage(weight):
     """As FSDP does it with the parameters of a module that is not running."""
-    model = make_layer()
-    weight = model[0].self_attn.v_proj.weight
-    size = weight.untyped_storage().nbytes()
-    model[0].script = lambda layer, x: [layer.self_attn.q_proj(x), layer.self_attn.k_proj(x)]
+    kept = weight.detach().clone()
     weight.data.untyped_storage().resize_(0)
+
+    def undo():
+        weight.data.untyped_storage().resize_(kept.untyped_storage().nbytes())
+        weight.data.copy_(kept)
+    return undo
+
+
+def _empty(weight):
+    """As DeepSpeed's ZeRO-3 does it."""
+    kept, weight.data = weight.data, weight.data.new_empty(0)
+    return lambda: setattr(weight, "data", kept)
+
+
+def _exchange(weight):
+    kept, weight.data = weight.data, weight.data.float()
+    return lambda: setattr(weight, "data", kept)
+
+
+@pytest.mark.parametrize("runs_before", [0, 1], ids=["first_call", "later_call"])
+@pytest.mark.parametrize("change", [_free_storage, _empty, _exchange])
+def test_members_that_are_not_there_are_not_touched(change, runs_before, ops):
+    model = make_layer()
+    expected = [model(make_x()) for _ in range(runs_before)]
+    undo = change(model[0].self_attn.v_proj.weight)
+    model[0].script = lambda layer, x: [layer.self_attn.q_proj(x), layer.self_attn.k_proj(x)]
+    ops.clear()
     model(make_x())
     assert ops == [1, 1]
-    weight.data.untyped_storage().resize_(size)
+    undo()
+    model[0].script = in_turn
+    assert all(torch.equal(out, before) for outs in expected for out, before in zip(model(make_x()), outs))
+    assert ops[2:] == [3] * runs_before
 
 
 def test_a_group_of_meta_tensors_runs_alone(ops):
