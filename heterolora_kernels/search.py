@@ -171,15 +171,13 @@ class RankSearch:
             fresh = not self._started
             self.start()
             self._steps += 1
-            done = False
-            if self._steps_left() <= 0:
-                if self._warming() or not self._needs_window() or self._window_steps() > 0:
-                    self._reallocate()
-                    done = True
-                elif not fresh:
-                    self._warn("empty_window",
-                               "a reallocation is due, but the statistics of all optimizer steps in its window were not finite "
-                               "or the steps were skipped: it is put off until there are some")
+            done = self._steps_left() <= 0 and (self._warming() or not self._needs_window() or self._window_steps() > 0)
+            if done:
+                self._reallocate()
+            elif self._steps_left() <= 0 and not fresh:
+                self._warn("empty_window",
+                           "a reallocation is due, but the statistics of all optimizer steps in its window were not finite "
+                           "or the steps were skipped: it is put off until there are some")
             self._update_window()
             return done
 
@@ -326,7 +324,10 @@ class RankSearch:
     # ---- inside ----
 
     def undo_point(self, with_rows: bool = True) -> Undo:
-        """A way back to now; ``with_rows=False`` where no rank can change, for to read those of every path takes long.
+        """A way back to now.
+
+        Args:
+            with_rows: False where no rank can change: to read the rows of every path takes long.
 
         Returns:
             A function that undoes whatever :meth:`apply`, :meth:`start` and :meth:`step` have changed since.
@@ -334,8 +335,7 @@ class RankSearch:
         self._check_patched()
         state, hooks = self._state, self._state.step_hooks
         kept, reported, driven, resets = dict(self.__dict__), len(self.history), hooks.driven, hooks.pending_resets()
-        rows = state.rows() if with_rows else {}
-        generator, ledger = self._generator.get_state(), state.switches.ledger.undo_point()
+        rows, drawn, ledger = state.rows() if with_rows else {}, self._generator.get_state(), state.switches.ledger.undo_point()
 
         @torch.no_grad()
         def undo() -> None:
@@ -343,7 +343,7 @@ class RankSearch:
             self._hold(kept["_window"])
             self.__dict__.update({**kept, "_forget_window": self._forget_window})
             del self.history[reported:]
-            self._generator.set_state(generator)
+            self._generator.set_state(drawn)
             hooks.driven = driven
             hooks.set_pending_resets(resets)
             for name, before in rows.items():
