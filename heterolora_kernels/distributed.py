@@ -36,6 +36,13 @@ def sum_(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def sum_to_first_(tensor: Tensor) -> None:
+    """Move the sum over processes to the first one, whose state is the one that is saved; the others are left with 0."""
+    sum_(tensor)
+    if not is_first():
+        tensor.zero_()
+
+
 def average_(tensors: Sequence[Tensor]) -> None:
     """Average over processes, in place, by one flat all_reduce per dtype."""
     if world_size() == 1:

@@ -161,24 +161,23 @@ class RankSearch:
             # accelerate's optimizer did nothing either: the statistics so far belong to a step that is still to come.
             self._state.step_hooks.driven = True
             return False
-        with undone_on_failure(self.undo_point()):
+        only_counts = self._started and self._window is None and self._steps_left() - 1 > self._window_length()
+        with undone_on_failure(self.undo_point(not only_counts)):
             self._state.step_hooks.driven = True
             if self._window is not None:
                 # What no optimizer hook has committed belongs to a step that was skipped.
                 self._window.discard()
-                self._hand_over()
+                distributed.sum_to_first_(self._window.committed)
             fresh = not self._started
             self.start()
             self._steps += 1
-            done = False
-            if self.config.search == "dynamic" and self._steps - self._last >= self._interval_steps():
-                if self._warming() or not self._needs_window() or self._window_steps() > 0:
-                    self._reallocate()
-                    done = True
-                elif not fresh:
-                    self._warn("empty_window",
-                               "a reallocation is due, but the statistics of all optimizer steps in its window were not finite "
-                               "or the steps were skipped: it is put off until there are some")
+            done = self._steps_left() <= 0 and (self._warming() or not self._needs_window() or self._window_steps() > 0)
+            if done:
+                self._reallocate()
+            elif self._steps_left() <= 0 and not fresh:
+                self._warn("empty_window",
+                           "a reallocation is due, but the statistics of all optimizer steps in its window were not finite "
+                           "or the steps were skipped: it is put off until there are some")
             self._update_window()
             return done
 
@@ -324,8 +323,11 @@ class RankSearch:
 
     # ---- inside ----
 
-    def undo_point(self) -> Undo:
+    def undo_point(self, with_rows: bool = True) -> Undo:
         """A way back to now.
+
+        Args:
+            with_rows: False where no rank can change: to read the rows of every path takes long.
 
         Returns:
             A function that undoes whatever :meth:`apply`, :meth:`start` and :meth:`step` have changed since.
@@ -333,7 +335,7 @@ class RankSearch:
         self._check_patched()
         state, hooks = self._state, self._state.step_hooks
         kept, reported, driven, resets = dict(self.__dict__), len(self.history), hooks.driven, hooks.pending_resets()
-        rows, generator, ledger = self._state.rows(), self._generator.get_state(), state.switches.ledger.undo_point()
+        rows, drawn, ledger = state.rows() if with_rows else {}, self._generator.get_state(), state.switches.ledger.undo_point()
 
         @torch.no_grad()
         def undo() -> None:
@@ -341,7 +343,7 @@ class RankSearch:
             self._hold(kept["_window"])
             self.__dict__.update({**kept, "_forget_window": self._forget_window})
             del self.history[reported:]
-            self._generator.set_state(generator)
+            self._generator.set_state(drawn)
             hooks.driven = driven
             hooks.set_pending_resets(resets)
             for name, before in rows.items():
@@ -395,23 +397,22 @@ class RankSearch:
         steps = 0 if self._window is None else self._window.steps
         return 0 if distributed.any_process(steps == 0, self._state.device) else steps
 
+    def _steps_left(self) -> float:
+        """Optimizer steps before a reallocation is due."""
+        return self._last + self._interval_steps() - self._steps if self.config.search == "dynamic" else float("inf")
+
+    def _window_length(self) -> int:
+        """Optimizer steps before the next reallocation that collect; 0 where it is not scored, or by a probe."""
+        collects = self._needs_window() and not self._warming()
+        return min(self.config.num_batches or _WINDOW_STEPS, self._interval_steps()) if collects else 0
+
     def _update_window(self) -> None:
         """Collect exactly in the last optimizer steps before a due, scored reallocation."""
-        wanted = False
-        if self._started and self._needs_window() and not self._warming():
-            length = min(self.config.num_batches or _WINDOW_STEPS, self._interval_steps())
-            wanted = self._last + self._interval_steps() - self._steps <= length
+        wanted = self._started and 0 < self._window_length() and self._steps_left() <= self._window_length()
         if wanted and self._window is None:
             self._hold(self._state.switches.ledger.open())
         elif not wanted:
             self._close_window()
-
-    def _hand_over(self) -> None:
-        """Move the sums of all processes to the first one, whose state is the one that is saved."""
-        if distributed.world_size() > 1:
-            distributed.sum_(self._window.committed)
-            if not distributed.is_first():
-                self._window.committed.zero_()
 
     def _hold(self, window: Collector | None) -> None:
         """Read this window, or none. A search that is dropped no longer reads."""

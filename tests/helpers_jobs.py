@@ -48,6 +48,12 @@ def work(scenarios: dict[str, Callable[[int], object]], rank: int, folder: str) 
     os._exit(0)
 
 
+def assert_gloo_has_ended() -> None:
+    """No thread of a process group is left: one that is at work when Python shuts down aborts the process."""
+    threads = [Path(f"/proc/self/task/{thread}/comm").read_text().strip() for thread in os.listdir("/proc/self/task")]
+    assert "pt_gloo_runloop" not in threads, f"something holds the process group: {threads}"
+
+
 class Lost(str):
     """The message of the error in which a collective ended when another process was gone."""
 

@@ -160,6 +160,7 @@ ALLOCATIONS = {
     "warmup": (True, dict(on_reactivate="reset", warmup=9), hlk.RankSearch.step),
     "probe": (True, dict(score="probe", warmup=1, score_decay=0.5, hysteresis=0.1, on_reactivate="reset"), hlk.RankSearch.step),
     "graded": (True, dict(score="probe", warmup=1, ranks="graded"), hlk.RankSearch.step),
+    "counts": (True, dict(interval=9, warmup=9), hlk.RankSearch.step),
     "window_opens": (False, dict(warmup=0, interval=1), hlk.RankSearch.start),
 }
 

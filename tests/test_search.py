@@ -25,6 +25,7 @@ from helpers_search import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import heterolora_kernels as hlk
+from heterolora_kernels.layers import Path
 
 
 def mask_of(model, path):
@@ -109,6 +110,19 @@ def test_step_says_whether_ranks_were_chosen():
     search.start()
     assert [search.step() for _ in range(7)] == [False, False, True, False, False, True, False]
 
+
+def test_a_step_that_only_counts_looks_at_no_path(monkeypatch):
+    model, optimizer, search = build(interval=6, num_batches=2, warmup=0)
+    search.start()
+    looked, looks, active_rows = [], [], Path.active_rows
+    monkeypatch.setattr(Path, "active_rows", lambda path: looks.append(path) or active_rows(path))
+    for step in range(12):
+        train_step(model, optimizer, net_batch(step))
+        looks.clear()
+        search.step()
+        looked += [step + 1] if looks else []
+    # The window opens after the fourth.
+    assert looked == [4, 5, 6, 10, 11, 12]
 
 def test_search_off_never_reallocates():
     model, optimizer, search = build(search="off")
