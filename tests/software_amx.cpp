@@ -1,11 +1,13 @@
 // The tile instructions of AMX bf16, executed in software on a processor that has none of them.
 //
-// Such a processor raises SIGILL at each. The handler here decodes the instruction and does what Intel's manual says of it (SDM: volume 1,
-// "Programming with Intel AMX"; volume 2, the instructions' pages and "Intel AMX instruction exception classes"), so that machine code
-// which was compiled for AMX runs as it is. What a processor would refuse ends the process by SIGILL, with the reason on stderr.
+// Such a processor raises SIGILL at each. The handler here decodes the instruction and does what Intel's manual says of
+// it (SDM: volume 1, "Programming with Intel AMX"; volume 2, the instructions' pages and "Intel AMX instruction exception
+// classes"), so that machine code which was compiled for AMX runs as it is. What a processor would refuse ends the
+// process by SIGILL, the reason on stderr.
 //
-// While software_amx_step(1) is on, the calling thread runs instruction by instruction (the trap flag), and CPUID, XGETBV and the system
-// call that asks for the tiles answer as on a processor and a system that have them.
+// While software_amx_step(1) is on, the calling thread runs instruction by instruction (the trap flag), and CPUID, XGETBV
+// and the system call that asks for the tiles answer as on a processor and a system that have them.
+#include <fcntl.h>
 #include <immintrin.h>
 #include <setjmp.h>
 #include <signal.h>
@@ -45,6 +47,8 @@ State states[max_threads];
 std::atomic<int> num_states{0};
 std::atomic<uint64_t> counts[num_counts];
 std::atomic<bool> permitted{false};
+// stderr as the process began with it, before pytest captures it.
+const int report = fcntl(2, F_DUPFD_CLOEXEC, 3);
 
 // Initial-exec: such a variable can be read in a signal handler, nothing is allocated at its first use.
 [[gnu::tls_model("initial-exec")]] thread_local State* own_state = nullptr;
@@ -57,7 +61,7 @@ std::atomic<bool> permitted{false};
     char text[256] = "software AMX: a processor would refuse this: ";
     strncat(text, reason, sizeof(text) - strlen(text) - 2);
     strcat(text, "\n");
-    if (write(2, text, strlen(text)) < 0) _exit(3);
+    if (write(report, text, strlen(text)) < 0) _exit(3);
     struct sigaction action = {};
     action.sa_handler = SIG_DFL;
     sigaction(SIGILL, &action, nullptr);
@@ -150,8 +154,8 @@ float as_float(uint32_t bits) {
     return value;
 }
 
-// sum += a b as the manual's pseudo code has it: even and odd places apart by fused multiply-adds in the order of k, then together, then
-// added to what stands there; rounded to nearest even, denormals zero on both sides whatever MXCSR says.
+// sum += a b as the manual's pseudo code has it: even and odd places apart by fused multiply-adds in the order of k, then
+// together, then added to what stands there; rounded to nearest even, denormals zero on both sides whatever MXCSR says.
 void dot(State& s, int sum, int a, int b) {
     for (int tile : {sum, a, b}) need(s, tile);
     const Configuration& c = s.configuration;
@@ -314,7 +318,7 @@ void on_trap(int, siginfo_t*, void* context) {
     }
 }
 
-// --------------------------------------------------------------- what a check of this file itself runs
+// What checks of this file run.
 
 #define TILE_CONFIGURE(c) asm volatile("ldtilecfg %0" : : "m"(c) : "memory")
 #define TILE_LOAD(tile, from, stride) \
@@ -428,7 +432,8 @@ void software_amx_product(int rows, int units, int columns, const uint32_t* a, c
     asm volatile("tilerelease");
 }
 
-// Whether this thread's tiles are configured in a scope, in one inside it, behind that one, and after an exception: four bits.
+// Whether this thread's tiles are configured in a scope, in one inside it, behind that one, and after an exception: four
+// bits.
 int software_amx_scopes() {
     hlk::Engine engine{};
     engine.begin = [] { with(shaped(16, 16, 16)); };
