@@ -41,7 +41,8 @@ struct State {
     alignas(64) uint32_t tiles[num_tiles][max_rows][max_colsb / 4];
 };
 
-enum Count { configures, releases, zeros, loads, stores, dots, permissions, num_counts };
+// splits: loads and stores whose rows lie in two cache lines each.
+enum Count { configures, releases, zeros, loads, stores, dots, permissions, splits, num_counts };
 
 State states[max_threads];
 std::atomic<int> num_states{0};
@@ -265,6 +266,7 @@ void execute(const Instruction& i) {
     if (i.opcode == 0x4B && in_memory && i.pp != none) {
         if (!i.has_sib) refuse("a tile's load or store without an index byte");
         ++counts[i.pp == pF3 ? stores : loads];
+        counts[splits] += ((i.address | i.index) & 63) != 0;
         return i.pp == pF3 ? store(s, i.reg, memory, i.index) : load(s, i.reg, memory, i.index);
     }
     if (i.opcode == 0x5C && i.pp == pF3 && !in_memory) {

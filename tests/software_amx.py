@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
-COUNTS = ("configures", "releases", "zeros", "loads", "stores", "dots", "permissions")
+COUNTS = ("configures", "releases", "zeros", "loads", "stores", "dots", "permissions", "splits")
 library: ctypes.CDLL | None = None
 
 
