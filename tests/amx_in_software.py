@@ -36,11 +36,11 @@ def _one_choice():
     OPS.set_cpu_isa(CHOSEN)
 
 
-def _bits(inputs, backend="cpu"):
+def _bits(inputs):
     """Outputs, gradients and statistics."""
     inputs.requires_grad_([name for name in inputs.leaves() if not name.startswith(("weights", "biases"))])
     probe = torch.zeros(inputs.gate.numel(), NUM_COLUMNS, requires_grad=True)
-    outs = inputs.run(probe, backend=backend)
+    outs = inputs.run(probe, backend="cpu")
     grads = random_grads(outs)
     first = gradients(outs, inputs, grads, retain_graph=True)
     torch.autograd.backward(outs, grads)

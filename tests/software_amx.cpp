@@ -276,7 +276,7 @@ void execute(const Instruction& i) {
     refuse("a tile instruction that AMX bf16 does not have");
 }
 
-struct sigaction before_ill, before_trap;
+struct sigaction before_ill;
 
 void on_ill(int, siginfo_t*, void* context) {
     auto& c = *static_cast<ucontext_t*>(context);
@@ -385,7 +385,7 @@ void software_amx_install() {
     action.sa_sigaction = on_ill;
     sigaction(SIGILL, &action, &before_ill);
     action.sa_sigaction = on_trap;
-    sigaction(SIGTRAP, &action, &before_trap);
+    sigaction(SIGTRAP, &action, nullptr);
 }
 
 void software_amx_step(int on) {

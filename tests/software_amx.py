@@ -32,7 +32,17 @@ def missing() -> str | None:
         return "the processor has AMX bf16 itself"
     if "avx512_bf16" not in flags:
         return "the processor has no AVX-512 bf16, which the kernels of AMX use beside its tiles"
-    return None if _compiler() else "there is no C++ compiler"
+    if _compiler() is None:
+        return "there is no C++ compiler"
+
+    import torch
+
+    from heterolora_kernels.backends import unavailable_backends
+
+    if reason := unavailable_backends().get("cpu"):
+        return reason
+    reason = torch.ops.heterolora_kernels.cpu_isa_missing("amx_bf16")
+    return reason if "compiler" in reason else None
 
 
 def _compiler() -> str | None:

@@ -3,9 +3,7 @@
 import pytest
 import software_amx
 
-from heterolora_kernels.backends import unavailable_backends
-
-WHY_NOT = unavailable_backends().get("cpu") or software_amx.missing()
+WHY_NOT = software_amx.missing()
 
 
 @pytest.mark.skipif(WHY_NOT is not None, reason=f"{WHY_NOT}")
