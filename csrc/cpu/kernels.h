@@ -177,19 +177,24 @@ private:
     static int64_t padded(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 };
 
-// What an engine needs of the thread that runs it, for the length of a scope.
+// What an engine needs of the thread that runs it, for the length of a scope. Scopes of a thread nest: the outermost begins and ends.
 class EngineScope {
 public:
     explicit EngineScope(const Engine& engine) : engine_(engine) {
-        if (engine_.begin != nullptr) engine_.begin();
+        if (depth()++ == 0 && engine_.begin != nullptr) engine_.begin();
     }
     ~EngineScope() {
-        if (engine_.end != nullptr) engine_.end();
+        if (--depth() == 0 && engine_.end != nullptr) engine_.end();
     }
     EngineScope(const EngineScope&) = delete;
     EngineScope& operator=(const EngineScope&) = delete;
 
 private:
+    static int& depth() {
+        thread_local int depth = 0;
+        return depth;
+    }
+
     const Engine& engine_;
 };
 
