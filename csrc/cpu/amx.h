@@ -233,7 +233,7 @@ void amx_interleave(const Outer& o, int64_t width, uint32_t* pairs) {
     const int64_t padded = (o.rows + 2 * amx_side - 1) / (2 * amx_side) * (2 * amx_side);
     for (int64_t row = 0; row < padded; row += 2) {
         I::U right[2] = {I::zero_units(), I::zero_units()};
-        if (row < o.rows) outer_units<I, AmxUnit, DType::bf16, KEEP>(whole, row, right);
+        if (row < o.rows) outer_units<I, AmxUnit, DType::bf16, KEEP, false>(whole, row, right);
         I::store_units(pairs + row / 2 * amx_panel, right[0]);
         I::store_units(pairs + row / 2 * amx_panel + amx_side, right[1]);
     }
@@ -301,7 +301,7 @@ constexpr Engine make_amx_engine(const char* name) {
     // These processors have 2 MB of second cache, and their tiles would wait for a weight that is read once per 128 rows.
     engine.block_rows = 256;
     engine.row_step = engine.unit_step = amx_side;
-    engine.half_tiles = engine.row_tiles = false;
+    engine.row_tiles = engine.row_dots = false;
     engine.pack_strip = amx_pack_strip;
     engine.pack_coefficients = amx_pack_coefficients;
     engine.tile = amx_tile<Tiles>;

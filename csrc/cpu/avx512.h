@@ -12,20 +12,9 @@ struct Avx512 {
     static constexpr int W = 16;
     // 12 x 2 accumulators, 2 vectors of the right operand, and room for broadcasts in 32 registers.
     static constexpr int MAX_ROWS = 12;
+    static constexpr int DOT_ROWS = 4;   // with 4 columns each, in registers
     using F = __m512;
     using U = __m512i;
-
-    // Half of a vector: no slower than a whole one, and on some processors two of them run beside each other.
-    struct Half {
-        using F = __m256;
-        using U = __m256i;
-        static F zero() { return _mm256_setzero_ps(); }
-        static U load_units(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-        static U broadcast(const uint32_t* p) { return _mm256_set1_epi32(static_cast<int>(*p)); }
-        static F mac(F acc, U a, U b) { return _mm256_fmadd_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), acc); }
-        static F add(F a, F b) { return _mm256_add_ps(a, b); }
-        static void store(float* p, F f) { _mm256_storeu_ps(p, f); }
-    };
 
     static F zero() { return _mm512_setzero_ps(); }
     static F set1(float x) { return _mm512_set1_ps(x); }
@@ -57,11 +46,35 @@ struct Avx512 {
     static void store_f16(uint16_t* p, F f) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT));
     }
+    static void store_some_bf16(void* p, F f, int64_t count) { store_some_halves(p, to_bf16(f), count); }
+    static void store_some_f16(void* p, F f, int64_t count) {
+        store_some_halves(p, _mm512_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT), count);
+    }
+    static void store_some_halves(void* p, __m256i halves, int64_t count) {
+        _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << (count < 16 ? count : 16)) - 1), halves);
+    }
     static F add(F a, F b) { return _mm512_add_ps(a, b); }
     static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
     static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
     static F abs(F a) { return _mm512_abs_ps(a); }
     static float sum(F a) { return _mm512_reduce_add_ps(a); }
+    // The sums of 16 vectors, each as `sum` adds it up. Unrolled: their address would be taken otherwise.
+    [[gnu::always_inline]] static F sums(const F (&acc)[4][4]) {
+        F r[8], s[4], t[2];
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+            // Taken in this order, they lie in order at the end.
+            const F a = acc[i / 4 % 2 * 2][i % 2 * 2 + i / 2 % 2], b = acc[i / 4 % 2 * 2 + 1][i % 2 * 2 + i / 2 % 2];
+            r[i] = add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            s[i] = add(_mm512_shuffle_f32x4(r[i], r[i + 4], 0x88), _mm512_shuffle_f32x4(r[i], r[i + 4], 0xDD));
+        }
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) t[i] = add(_mm512_shuffle_ps(s[i], s[i + 2], 0x44), _mm512_shuffle_ps(s[i], s[i + 2], 0xEE));
+        return add(_mm512_shuffle_ps(t[0], t[1], 0x88), _mm512_shuffle_ps(t[0], t[1], 0xDD));
+    }
     static F keep(F a, uint64_t bits) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), a); }
     static F as_floats(U u) { return _mm512_castsi512_ps(u); }
     static U as_units(F f) { return _mm512_castps_si512(f); }
@@ -69,7 +82,7 @@ struct Avx512 {
     static U load_units(const void* p) { return _mm512_loadu_si512(p); }
     static void store_units(uint32_t* p, U u) { _mm512_storeu_si512(p, u); }
     static void store_units(uint32_t* p, U u, int64_t count) {
-        _mm512_mask_storeu_epi32(p, static_cast<__mmask16>((1u << count) - 1), u);
+        _mm512_mask_storeu_epi32(p, static_cast<__mmask16>((1u << (count < 16 ? count : 16)) - 1), u);
     }
     static U broadcast(const uint32_t* p) { return _mm512_set1_epi32(static_cast<int>(*p)); }
     static void transpose(U* r) {

@@ -7,16 +7,14 @@ namespace hlk {
 namespace {
 
 struct Avx512Bf16 : Avx512 {
-    struct Half : Avx512::Half {
-        static F mac(F acc, U a, U b) {
-            return _mm256_dpbf16_ps(acc, reinterpret_cast<__m256bh>(a), reinterpret_cast<__m256bh>(b));
-        }
-    };
     static F dot(F acc, U a, U b) {
         return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
     }
     static void store_bf16(uint16_t* p, F f) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(f)));
+    }
+    static void store_some_bf16(void* p, F f, int64_t count) {
+        store_some_halves(p, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(f)), count);
     }
     // 2 W values in order as W units.
     static U pairs_along(F first, F second) { return reinterpret_cast<U>(_mm512_cvtne2ps_pbh(second, first)); }

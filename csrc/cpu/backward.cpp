@@ -1,6 +1,9 @@
 // The backward of a group. A thread takes a block of rows through all stages: packs a strip of every grad_out, computes its
 // rows of q, then the gradients of the sources panel by panel, and the block's parts of grad_A, grad_B and the statistics.
-// The parts are summed in block order at the end.
+// Parts are added two by two, always the same two: by the thread that has the second one, while its own is in the cache.
+#include <atomic>
+#include <mutex>
+
 #include "products.h"
 #include "workspace.h"
 
@@ -18,12 +21,16 @@ class Backward {
 public:
     Backward(Group& group, const Parallel& parallel)
         : g_(group), e_(*group.engine), parallel_(limited(parallel, 2 * work_of(group))), lanes_(lanes_of(group)),
-          blocks_(e_, group.rows, depth_of(group)), shared_(call_arena()) {
+          blocks_(e_, group.rows, depth_of(group)), shared_(call_arena()), factors_(lane_factors(group, lanes_, true)) {
         for (size_t p = 0; p < g_.paths.size(); ++p) {
             const Path& path = g_.paths[p];
             statistics_ = statistics_ || path.stats != nullptr;
             grads_A_ = grads_A_ || path.grad_A != nullptr;
             grads_B_ = grads_B_ || path.grad_B != nullptr;
+        }
+        for (const Output& output : g_.outputs) {
+            units_.push_back(e_.units(output.columns));
+            in_place_.push_back(g_.rows > few_rows && e_.reads_in_place(output.grad_out, output.columns));
         }
         int64_t floats = 0;
         for (size_t key = 0; key < g_.sources.size(); ++key) floats += lanes_.source_width[key] * g_.sources[key].columns;
@@ -34,19 +41,22 @@ public:
     void run() {
         if (g_.sources[0].grad != nullptr) weights_ = weight_panels(g_, false, shared_, parallel_);
         pack_paths();
+        int64_t width = 0;
         for (size_t key = 0; key < g_.sources.size(); ++key) {
-            const int64_t size = shadow_A() ? blocks_.count * lanes_.source_width[key] * g_.sources[key].columns : 0;
-            partial_A_.push_back(shared_.take<float>(size));
+            first_A_.push_back(part_floats_);
+            part_floats_ += shadow_A() ? lanes_.source_width[key] * g_.sources[key].columns : 0;
         }
         for (size_t i = 0; i < g_.outputs.size(); ++i) {
-            const int64_t size = shadow_B() ? blocks_.count * lanes_.output_width[i] * g_.outputs[i].columns : 0;
-            partial_B_.push_back(shared_.take<float>(size));
+            const bool wanted = shadow_B() && g_.outputs[i].grad_out.data != nullptr;
+            first_B_.push_back(part_floats_);
+            part_floats_ += wanted ? lanes_.output_width[i] * g_.outputs[i].columns : 0;
+            width += lanes_.output_width[i];
         }
-        int64_t width = 0;
-        for (int64_t lanes : lanes_.output_width) width += lanes;
-        partial_sums_ = shared_.take<float>(statistics_ ? 2 * blocks_.count * width : 0);
+        first_sums_ = part_floats_;
+        part_floats_ = round_up(part_floats_ + (statistics_ ? 2 * width : 0), max_lanes);
         products_sq_ = shared_.take<float>(statistics_ ? 2 * width : 0);
-        sums_width_ = width;
+        parts_.resize(blocks_.count);
+        arrived_ = std::vector<std::atomic<int>>(blocks_.count);
         find_pieces();
         run_blocks(*this, e_, blocks_, shared_, parallel_);
         merge();
@@ -54,7 +64,8 @@ public:
     }
 
     struct Scratch {
-        int64_t block, first;
+        int64_t first;                     // row of the block
+        float* part;                       // its sums
         Strips strips, tiles;
         std::vector<uint32_t*> grad_out;   // per output: strips of grad_out
         std::vector<uint32_t*> low_rank;   // per source: strips of s gate q
@@ -65,11 +76,11 @@ public:
 
     Scratch make(Slots& slots, int64_t block) {
         const int64_t size = blocks_.size(block), rows = e_.strip_rows(size);
-        Scratch scratch{block, blocks_.first(block), Strips(e_, size, e_.max_rows), Strips(e_, size, e_.tile_rows),
+        Scratch scratch{blocks_.first(block), parts_[block] = take_part(), Strips(e_, size, e_.max_rows), Strips(e_, size, e_.tile_rows),
                         {}, {}, {}, {}, {}};
         for (size_t i = 0; i < g_.outputs.size(); ++i) {
-            const bool packed = g_.outputs[i].grad_out.data != nullptr && needs_strip(i) && !reads_in_place(i);
-            scratch.grad_out.push_back(slots.take<uint32_t>(packed ? rows * e_.units(g_.outputs[i].columns) : 0));
+            const bool packed = g_.outputs[i].grad_out.data != nullptr && needs_strip(i) && !in_place_[i];
+            scratch.grad_out.push_back(slots.take<uint32_t>(packed ? rows * units_[i] : 0));
             scratch.h_coef.push_back(slots.zeroed(shadow_B() ? e_.coefficient_units(size, lanes_.output_width[i]) : 0));
         }
         for (size_t key = 0; key < g_.sources.size(); ++key) {
@@ -90,48 +101,41 @@ public:
         }
         for (size_t i = 0; i < g_.outputs.size(); ++i) {
             const Output& output = g_.outputs[i];
-            if (output.grad_out.data == nullptr || !needs_strip(i)) continue;
-            if (!reads_in_place(i)) {
+            if (output.grad_out.data == nullptr) continue;
+            if (needs_strip(i) && !in_place_[i]) {
                 e_.pack_strip(output.grad_out.at(row, 0), Keep{}, rows, output.columns,
-                              scratch.grad_out[i] + from * e_.units(output.columns));
+                              scratch.grad_out[i] + from * units_[i]);
             }
-            const int64_t width = round_up(lanes_.output_width[i], e_.lanes);
-            if (width == 0) continue;
-            auto* q = slots.take<float>(rows * width);
-            low_rank_product(e_, grad_rows(scratch, i, from), rows, lora_B_[i], lanes_.output_width[i], e_.units(output.columns), q);
+            const int64_t units = units_[i], width = round_up(lanes_.output_width[i], e_.lanes);
+            float* q = nullptr;
+            if (!e_.row_dots && width > 0) {
+                q = slots.take<float>(rows * width);
+                strip_product(e_, grad_rows(scratch, i, from), rows, lora_B_[i], width, units, q);
+            }
             for (size_t p = 0; p < g_.paths.size(); ++p) {
                 const Path& path = g_.paths[p];
-                if (path.output != static_cast<int>(i)) continue;
+                if (path.output != static_cast<int>(i) || path.rows == 0) continue;
                 const int64_t lanes = lanes_.source_width[path.source];
-                for (int64_t r = 0; r < rows; ++r) {
-                    std::memcpy(scratch.q[path.source] + (from + r) * lanes + lanes_.of_source[p],
-                                q + r * width + lanes_.of_output[p], 4 * path.rows);
+                float* to = scratch.q[path.source] + from * lanes + lanes_.of_source[p];
+                if (e_.row_dots) {
+                    e_.dot({rows, path.rows, output.columns, output.grad_out.at(row, 0),
+                            {lora_B_[i] + lanes_.of_output[p] * units, e_.dtype(), units * e_.unit}, Keep{}, nullptr, to, lanes});
+                    continue;
                 }
+                for (int64_t r = 0; r < rows; ++r) std::memcpy(to + r * lanes, q + r * width + lanes_.of_output[p], 4 * path.rows);
             }
         }
         for (size_t key = 0; key < g_.sources.size(); ++key) {
             const int64_t lanes = lanes_.source_width[key];
             if (lanes == 0 || g_.sources[key].grad == nullptr) continue;
             auto* scaled = slots.take<float>(rows * lanes);
-            std::memset(scaled, 0, 4 * rows * lanes);
-            for (size_t p = 0; p < g_.paths.size(); ++p) {
-                const Path& path = g_.paths[p];
-                if (path.source != static_cast<int>(key)) continue;
-                for (int64_t r = 0; r < rows; ++r) {
-                    const float* q = scratch.q[key] + (from + r) * lanes + lanes_.of_source[p];
-                    float* to = scaled + r * lanes + lanes_.of_source[p];
-                    for (int64_t j = 0; j < path.rows; ++j) {
-                        const float gate = path.gate[j];
-                        to[j] = gate == 0.0f ? 0.0f : q[j] * (gate * path.scaling * g_.dropout_scale);
-                    }
-                }
-            }
+            e_.convert({rows, lanes, {scratch.q[key] + from * lanes, DType::f32, lanes}, factors_[key].data(), scaled, DType::f32, lanes});
             e_.pack_strip({scaled, DType::f32, lanes}, Keep{}, rows, lanes, scratch.low_rank[key] + from * e_.units(lanes));
         }
     }
 
     // What the outer products multiply with, the sums of q h and h^2, and the pieces of the base's gradient.
-    void finish(Scratch& scratch, Slots slots) {
+    void finish(Scratch& scratch, Slots) {
         const int64_t rows = scratch.strips.rows;
         sum_pieces(scratch);
         if (shadow_A()) {
@@ -147,34 +151,57 @@ public:
             const Matrix hidden = Matrix{g_.hidden, g_.dtype, g_.hidden_ld}.at(scratch.first, path.hidden_column);
             e_.pack_coefficients(hidden, rows, lanes_.of_output[p], path.rows, scratch.h_coef[path.output],
                                  lanes_.output_width[path.output]);
-            if (path.stats != nullptr) sum_hidden(scratch, p, hidden, slots);
+            if (path.stats != nullptr) sum_hidden(scratch, p, hidden);
         }
     }
 
     void columns(Scratch& scratch, int64_t part, int64_t parts, Slots slots) {
         const int width = e_.panel();
-        // Outer products first: the rows of grad_out are still in the cache, which the weights would push out.
+        // The outer products with grad_out first: its rows are still in the cache, which the weights would push out.
         for (size_t i = 0; i < g_.outputs.size(); ++i) {
             const Output& output = g_.outputs[i];
             const int64_t lanes = lanes_.output_width[i];
             if (!shadow_B() || lanes == 0 || output.grad_out.data == nullptr) continue;
             const Range range = share((output.columns + width - 1) / width, part, parts);
             outer(scratch.h_coef[i], lanes, output.grad_out.at(scratch.first, 0), Keep{}, scratch.strips.rows, output.columns,
-                  range, partial_B_[i] + scratch.block * lanes * output.columns);
+                  range, scratch.part + first_B_[i]);
         }
         for (size_t key = 0; key < g_.sources.size(); ++key) {
             const Source& source = g_.sources[key];
             const Range range = share((source.columns + width - 1) / width, part, parts);
-            const int64_t lanes = lanes_.source_width[key];
-            if (shadow_A() && lanes > 0) {
-                outer(scratch.q_coef[key], lanes, source.values.at(scratch.first, 0), source.keep.at(scratch.first, 0),
-                      scratch.strips.rows, source.columns, range, partial_A_[key] + scratch.block * lanes * source.columns);
-            }
+            outer_A(scratch, key, range);
             if (source.grad != nullptr) source_columns(scratch, key, range, slots);
         }
     }
 
+    // Adds the block's sums to those of its neighbour, theirs to those of the next two, and so on, as far as those are there.
+    void done(int64_t block) {
+        for (int64_t apart = 1; apart < blocks_.count; apart *= 2) {
+            const int64_t left = block / (2 * apart) * (2 * apart), right = left + apart;
+            block = left;
+            if (right >= blocks_.count) continue;
+            if (arrived_[right].fetch_add(1, std::memory_order_acq_rel) == 0) return;
+            e_.add(parts_[left], parts_[right], part_floats_);
+            const std::lock_guard<std::mutex> lock(mutex_);
+            free_.push_back(parts_[right]);
+        }
+    }
+
 private:
+    // Memory for the sums of a block; of two that have been added the second is used again.
+    float* take_part() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        float* part = nullptr;
+        if (free_.empty()) {
+            part = shared_.take<float>(part_floats_);
+        } else {
+            part = free_.back();
+            free_.pop_back();
+        }
+        std::fill(part + first_sums_, part + part_floats_, 0.0f);
+        return part;
+    }
+
     // Of the strips that a block keeps.
     static int64_t depth_of(const Group& g) {
         int64_t depth = 0;
@@ -185,19 +212,15 @@ private:
     bool shadow_A() const { return grads_A_ || statistics_; }
     bool shadow_B() const { return grads_B_ || statistics_; }
 
-    bool reads_in_place(size_t i) const {
-        return g_.rows > few_rows && e_.reads_in_place(g_.outputs[i].grad_out, g_.outputs[i].columns);
-    }
-
     // Rows of a grad_out from row `from` of the block on.
     Left grad_rows(const Scratch& scratch, size_t i, int64_t from) const {
-        if (reads_in_place(i)) return in_place(g_.outputs[i].grad_out.at(scratch.first + from, 0));
-        return {scratch.grad_out[i] + from * e_.units(g_.outputs[i].columns)};
+        if (in_place_[i]) return in_place(g_.outputs[i].grad_out.at(scratch.first + from, 0));
+        return {scratch.grad_out[i] + from * units_[i]};
     }
 
     // Whether the packed rows of a grad_out are used.
     bool needs_strip(size_t i) const {
-        return lanes_.output_width[i] > 0 || (g_.outputs[i].has_weight && g_.sources[0].grad != nullptr);
+        return (!e_.row_dots && lanes_.output_width[i] > 0) || (g_.outputs[i].has_weight && g_.sources[0].grad != nullptr);
     }
 
     void pack_paths() {
@@ -207,7 +230,7 @@ private:
             lora_A_.push_back(shared_.zeroed(wanted ? padded * e_.units(lanes_.source_width[key]) : 0));
         }
         for (size_t i = 0; i < g_.outputs.size(); ++i) {
-            const int64_t width = round_up(lanes_.output_width[i], e_.lanes);
+            const int64_t width = e_.row_dots ? lanes_.output_width[i] : round_up(lanes_.output_width[i], e_.lanes);
             lora_B_.push_back(shared_.zeroed(width * e_.units(g_.outputs[i].columns)));
         }
         parallel_.run(g_.paths.size(), [&](int64_t p) {
@@ -215,8 +238,13 @@ private:
             if (path.rows == 0) return;
             const Output& output = g_.outputs[path.output];
             const Source& source = g_.sources[path.source];
-            e_.pack_columns(path.lora_B, output.columns, path.rows, lora_B_[path.output] + lanes_.of_output[p],
-                            round_up(lanes_.output_width[path.output], e_.lanes));
+            const int64_t units = e_.units(output.columns), lane = lanes_.of_output[p];
+            if (e_.row_dots) {
+                e_.pack_transposed(path.lora_B, output.columns, path.rows, lora_B_[path.output] + lane * units, units);
+            } else {
+                e_.pack_columns(path.lora_B, output.columns, path.rows, lora_B_[path.output] + lane,
+                                round_up(lanes_.output_width[path.output], e_.lanes));
+            }
             if (source.grad == nullptr) return;
             pack_path(e_, path, path.lora_A, false, source.columns, lanes_.of_source[p], lanes_.source_width[path.source],
                       lora_A_[path.source]);
@@ -234,32 +262,52 @@ private:
         std::vector<Segment> segments(1 + (key == 0 ? g_.outputs.size() : 0));
         for (int64_t panel = range.begin; panel < range.end; ++panel) {
             const int64_t column = panel * width, here = std::min<int64_t>(width, source.columns - column);
+            Tile tile;
+            tile.segments = segments.data();
+            if (lane_units > 0) {
+                segments[tile.num_segments++] = {{}, lora_A_[key] + column * lane_units, width, lane_units};
+            }
+            for (size_t i = 0; key == 0 && !few && i < g_.outputs.size(); ++i) {
+                if (!contributes(i)) continue;
+                Segment& segment = segments[tile.num_segments++];
+                segment = {{}, weights_[i] + column * units_[i], width, units_[i]};
+                segment.fetch_next(scratch.tiles.count);
+            }
+            tile.columns = static_cast<int>(here);
+            tile.vectors = here > e_.lanes ? 2 : 1;
+            tile.out_dtype = g_.dtype;
+            tile.out_ld = source.columns;
             for (int64_t s = 0; s < scratch.tiles.count; ++s) {
-                const int64_t from = scratch.tiles.first(s), rows = scratch.tiles.size(s), row = scratch.first + from;
-                Tile tile;
-                tile.segments = segments.data();
+                const int64_t from = scratch.tiles.first(s), row = scratch.first + from;
+                Segment* segment = segments.data();
                 if (lane_units > 0) {
-                    segments[tile.num_segments++] = {{scratch.low_rank[key] + from * lane_units},
-                                                     lora_A_[key] + column * lane_units, width, lane_units};
+                    (segment++)->a = {scratch.low_rank[key] + from * lane_units};
                     tile.keep = source.keep.at(row, column);
                 }
                 for (size_t i = 0; key == 0 && !few && i < g_.outputs.size(); ++i) {
-                    const Output& output = g_.outputs[i];
-                    if (!output.has_weight || output.grad_out.data == nullptr) continue;
-                    const int64_t units = e_.units(output.columns);
-                    segments[tile.num_segments++] = {grad_rows(scratch, i, from), weights_[i] + column * units, width, units};
+                    if (!contributes(i)) continue;
+                    segment->a = grad_rows(scratch, i, from);
+                    if (s > 0) segment->next += segment->next_step * segment->units;
+                    ++segment;
                 }
                 if (few) tile.base = {base + from * base_ld + column - range.begin * width, DType::f32, base_ld};
-                tile.rows = static_cast<int>(rows);
-                tile.columns = static_cast<int>(here);
-                tile.vectors = here > e_.lanes ? 2 : 1;
+                tile.rows = static_cast<int>(scratch.tiles.size(s));
                 tile.out = static_cast<char*>(source.grad) + (row * source.columns + column) * size_of(g_.dtype);
-                tile.out_dtype = g_.dtype;
-                tile.out_ld = source.columns;
                 e_.tile(tile);
             }
         }
     }
+
+    void outer_A(const Scratch& scratch, size_t key, Range range) const {
+        const Source& source = g_.sources[key];
+        const int64_t lanes = lanes_.source_width[key];
+        if (!shadow_A() || lanes == 0) return;
+        outer(scratch.q_coef[key], lanes, source.values.at(scratch.first, 0), source.keep.at(scratch.first, 0), scratch.strips.rows,
+              source.columns, range, scratch.part + first_A_[key]);
+    }
+
+    // Whether an output's grad_out times its weight is part of the gradient of x.
+    bool contributes(size_t i) const { return g_.outputs[i].has_weight && g_.outputs[i].grad_out.data != nullptr; }
 
     // Of up to `rows_worth_lanes` rows, reading the weight is all there is to do: whole rows of it one after the other, shared out
     // among the threads by pieces of as many rows, which depend on the sizes alone.
@@ -348,24 +396,11 @@ private:
         e_.outer(o);
     }
 
-    void sum_hidden(const Scratch& scratch, size_t p, Matrix hidden, Slots& slots) const {
+    void sum_hidden(const Scratch& scratch, size_t p, Matrix hidden) const {
         const Path& path = g_.paths[p];
-        const int64_t lanes = lanes_.source_width[path.source], count = path.rows;
-        float* h_sq = partial_sums_ + 2 * (scratch.block * sums_width_ + sums_first(p));
-        float* qh = h_sq + count;
-        std::memset(h_sq, 0, 8 * count);
-        float* h = slots.take<float>(e_.max_rows * count);
-        for (int64_t s = 0; s < scratch.strips.count; ++s) {
-            const int64_t from = scratch.strips.first(s), rows = scratch.strips.size(s);
-            copy_rows(e_, hidden.at(from, 0), rows, count, h, DType::f32, count);
-            for (int64_t r = 0; r < rows; ++r) {
-                const float* q = scratch.q[path.source] + (from + r) * lanes + lanes_.of_source[p];
-                for (int64_t j = 0; j < count; ++j) {
-                    h_sq[j] += h[r * count + j] * h[r * count + j];
-                    qh[j] += q[j] * h[r * count + j];
-                }
-            }
-        }
+        const int64_t lanes = lanes_.source_width[path.source];
+        float* h_sq = scratch.part + first_sums_ + 2 * sums_first(p);
+        e_.moments({scratch.strips.rows, path.rows, hidden, scratch.q[path.source] + lanes_.of_source[p], lanes, h_sq, h_sq + path.rows});
     }
 
     int64_t sums_first(size_t p) const {
@@ -374,7 +409,7 @@ private:
         return first;
     }
 
-    // Sums the blocks' parts in block order: row by row of lora_A, and the columns of lora_B as many at a time as a vector has lanes.
+    // Row by row of lora_A, and the columns of lora_B as many at a time as a vector has lanes.
     void merge() {
         struct Part {
             size_t path;
@@ -395,16 +430,17 @@ private:
         }
     }
 
-    int64_t blocks_of(const Path& path) const { return g_.outputs[path.output].grad_out.data != nullptr ? blocks_.count : 0; }
+    // Sums over all blocks; nullptr where nobody asked for the path's output.
+    const float* sums_of(const Path& path, int64_t first) const {
+        return g_.outputs[path.output].grad_out.data != nullptr ? parts_[0] + first : nullptr;
+    }
 
     // The squares of products go to where those of lora_B are added.
     void merge_row(size_t p, int64_t j) {
         const Path& path = g_.paths[p];
-        const int64_t in = g_.sources[path.source].columns, lanes = lanes_.source_width[path.source];
+        const int64_t in = g_.sources[path.source].columns;
         Merge m;
-        m.partials = partial_A_[path.source] + (lanes_.of_source[p] + j) * in;
-        m.blocks = blocks_of(path);
-        m.block_stride = lanes * in;
+        m.sums = sums_of(path, first_A_[path.source] + (lanes_.of_source[p] + j) * in);
         m.size = in;
         m.scale = path.scaling * g_.dropout_scale;
         m.gate = path.gate[j];
@@ -421,11 +457,9 @@ private:
 
     void merge_columns(size_t p, int64_t first, int64_t count) {
         const Path& path = g_.paths[p];
-        const int64_t out = g_.outputs[path.output].columns, lanes = lanes_.output_width[path.output];
+        const int64_t out = g_.outputs[path.output].columns;
         MergeColumns m;
-        m.partials = partial_B_[path.output] + (lanes_.of_output[p] + first) * out;
-        m.blocks = blocks_of(path);
-        m.block_stride = lanes * out;
+        m.sums = sums_of(path, first_B_[path.output] + (lanes_.of_output[p] + first) * out);
         m.size = out;
         m.count = static_cast<int>(count);
         m.scale = path.scaling;
@@ -450,16 +484,11 @@ private:
     void finish_statistics(size_t p) {
         const Path& path = g_.paths[p];
         for (int64_t j = 0; j < path.rows; ++j) {
-            float h_sq = 0, qh = 0;
-            for (int64_t block = 0; block < blocks_.count; ++block) {
-                const float* sums = partial_sums_ + 2 * (block * sums_width_ + sums_first(p)) + j;
-                h_sq += sums[0];
-                qh += sums[path.rows];
-            }
+            const float* sums = parts_[0] + first_sums_ + 2 * sums_first(p) + j;
             float* stats = path.stats + j * num_stats_columns;
             const float* products_sq = products_sq_ + 2 * (sums_first(p) + j);
-            stats[hidden_sq] = h_sq;
-            stats[gate_grad] = path.scaling * qh;
+            stats[hidden_sq] = sums[0];
+            stats[gate_grad] = path.scaling * sums[path.rows];
             stats[taylor_sq] = products_sq[0] + products_sq[1];
         }
     }
@@ -471,14 +500,20 @@ private:
     Blocks blocks_;
     Slots shared_;
     bool statistics_ = false, grads_A_ = false, grads_B_ = false;
+    std::vector<int64_t> units_;        // per output: of its columns
+    std::vector<char> in_place_;        // per output: whether its grad_out is read where it lies
+    std::vector<std::vector<float>> factors_;   // per source: what its low-rank rows are multiplied by
     std::vector<const uint32_t*> weights_;
     std::vector<uint32_t*> lora_A_;     // per source: panels of its columns over its lanes
-    std::vector<uint32_t*> lora_B_;     // per output: [units(N)][lanes], lanes a multiple of a vector
-    std::vector<float*> partial_A_;     // per source: [blocks][lanes][columns]
-    std::vector<float*> partial_B_;     // per output: [blocks][lanes][N]
-    float* partial_sums_ = nullptr;     // [blocks], in it of each path [h^2, q h][rows]
+    std::vector<uint32_t*> lora_B_;     // per output: [lanes][units(N)], for tiles [units(N)][lanes], lanes a multiple of a vector
+    // The sums of a block: per source [lanes][columns], per output [lanes][N], and of each path [h^2, q h][rows].
+    std::vector<int64_t> first_A_, first_B_;
+    int64_t first_sums_ = 0, part_floats_ = 0;
+    std::vector<float*> parts_;         // of each block
+    std::vector<std::atomic<int>> arrived_;   // how many of a block's two sums are there
+    std::vector<float*> free_;
+    std::mutex mutex_;                  // of free_ and shared_
     float* products_sq_ = nullptr;      // per path and row: those of lora_A and of lora_B
-    int64_t sums_width_ = 0;
     std::vector<Piece> pieces_;
     float* piece_sums_ = nullptr;       // [pieces][rows][K]
 };

@@ -1,4 +1,4 @@
-// Products for few rows, from the weight as it lies. Part of kernels_impl.h.
+// Products for few rows or few columns, from matrices as they lie. Part of kernels_impl.h.
 #pragma once
 
 #include "impl_vectors.h"
@@ -6,58 +6,105 @@
 namespace hlk {
 namespace {
 
-// ---- lanes along the contraction: a row or a few, where reading the weight is all there is to do ----
+// ---- lanes along the contraction: what reads each row once ----
 
-template <class I, class Unit, bool WHOLE>
-inline typename I::U units_along(const Dot& d, const Matrix& m, int64_t row, int64_t k) {
-    if constexpr (WHOLE) return I::load_units(static_cast<const char*>(m.data) + (row * m.ld + k) * (4 / Unit::unit));
-    return Unit::along(m, row, k, d.depth - k, Keep{});
-}
-
-template <class I, class Unit, bool WHOLE, int ROWS, int COLUMNS>
-inline void dot_step(const Dot& d, int64_t row, int64_t column, int64_t k, typename I::F (&acc)[ROWS][COLUMNS]) {
-    using U = typename I::U;
-    U right[COLUMNS];
-    for (int j = 0; j < COLUMNS; ++j) right[j] = units_along<I, Unit, WHOLE>(d, d.w, column + j, k);
-    for (int i = 0; i < ROWS; ++i) {
-        const U left = units_along<I, Unit, WHOLE>(d, d.x, row + i, k);
-        for (int j = 0; j < COLUMNS; ++j) acc[i][j] = Unit::mac(acc[i][j], left, right[j]);
+// W units of a row of dtype D from element k on; all of them are there.
+template <class I, class Unit, DType D>
+inline typename I::U whole_units(const void* row, int64_t k) {
+    if constexpr (Unit::unit == 1) return I::as_units(load_floats<I, D>(row, k));
+    if constexpr (Unit::unit == 2 && D == DType::bf16) return I::load_units(static_cast<const uint16_t*>(row) + k);
+    if constexpr (Unit::unit == 2 && D != DType::bf16) {
+        return I::pairs_along(load_floats<I, D>(row, k), load_floats<I, D>(row, k + I::W));
     }
 }
 
-template <class I, class Unit, bool NATIVE, int ROWS, int COLUMNS>
+template <class I, class Unit>
+inline typename I::U keep_units(typename I::U units, const uint8_t* bits, int64_t k, int64_t count) {
+    const uint64_t kept = bits_at(bits, k, count);
+    if constexpr (Unit::unit == 2) return I::keep_halves(units, kept);
+    if constexpr (Unit::unit == 1) return I::as_units(I::keep(I::as_floats(units), kept));
+}
+
+// ROWS x 4 sums. Rows and columns that are not there repeat the last one.
+template <class I, class Unit, DType X, DType W, bool KEEP, int ROWS>
 void dot_of(const Dot& d, int64_t row, int64_t column) {
-    using F = typename I::F;
+    using U = typename I::U;
     constexpr int STEP = I::W * Unit::unit;
-    F acc[ROWS][COLUMNS];
+    const void *x[ROWS], *w[4];
+    const uint8_t* bits[ROWS];
+    typename I::F acc[ROWS][4];
+#pragma GCC unroll 4
     for (int i = 0; i < ROWS; ++i) {
-        for (int j = 0; j < COLUMNS; ++j) acc[i][j] = I::zero();
+        const int64_t at = row + i < d.rows ? row + i : d.rows - 1;
+        x[i] = d.x.at(at, 0).data;
+        bits[i] = KEEP ? d.keep.bits + at * d.keep.ld : nullptr;
     }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) w[j] = d.w.at(column + j < d.columns ? column + j : d.columns - 1, 0).data;
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) acc[i][j] = I::zero();
+    }
+    const int64_t ahead = ROWS * d.x.ld * size_of(X);
     int64_t k = 0;
-    if constexpr (NATIVE) {
-        for (; k + STEP <= d.depth; k += STEP) dot_step<I, Unit, true>(d, row, column, k, acc);
+    for (; k + STEP <= d.depth; k += STEP) {
+        U right[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) right[j] = whole_units<I, Unit, W>(w[j], k);
+#pragma GCC unroll 4
+        for (int i = 0; i < ROWS; ++i) {
+            U left = whole_units<I, Unit, X>(x[i], k);
+            // Rows are shorter than what the hardware needs to run ahead: the same place of the next rows.
+            __builtin_prefetch(static_cast<const char*>(x[i]) + ahead + k * size_of(X));
+            if constexpr (KEEP) left = keep_units<I, Unit>(left, bits[i], k, STEP);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) acc[i][j] = Unit::mac(acc[i][j], left, right[j]);
+        }
     }
-    for (; k < d.depth; k += STEP) dot_step<I, Unit, false>(d, row, column, k, acc);
-    for (int i = 0; i < ROWS; ++i) {
-        for (int j = 0; j < COLUMNS; ++j) d.out[(row + i) * d.out_ld + column + j] = I::sum(acc[i][j]);
+    if (k < d.depth) {
+        const int64_t rest = d.depth - k;
+        U right[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) right[j] = Unit::along({w[j], W, 0}, 0, k, rest, Keep{});
+#pragma GCC unroll 4
+        for (int i = 0; i < ROWS; ++i) {
+            const U left = Unit::along({x[i], X, 0}, 0, k, rest, Keep{bits[i], 0});
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) acc[i][j] = Unit::mac(acc[i][j], left, right[j]);
+        }
+    }
+    alignas(64) float sums[ROWS * 4];
+    if constexpr (ROWS == 4 && HasPartialVectors<I>::value) {
+        I::store(sums, I::sums(acc));
+    } else {
+#pragma GCC unroll 4
+        for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) sums[4 * i + j] = I::sum(acc[i][j]);
+        }
+    }
+    for (int i = 0; i < ROWS && row + i < d.rows; ++i) {
+        float* out = d.out + (row + i) * d.out_ld + column;
+        for (int j = 0; j < 4 && column + j < d.columns; ++j) out[j] = sums[4 * i + j];
     }
 }
 
-template <class I, class Unit, bool NATIVE>
+template <class I, class Unit, DType X, DType W, bool KEEP>
 void dot_all(const Dot& d) {
     // Four rows of w at a time stay in the first cache while all rows of x pass by.
     for (int64_t column = 0; column < d.columns; column += 4) {
-        const bool four = d.columns - column >= 4;
         int64_t row = 0;
-        for (; four && row + 4 <= d.rows; row += 4) dot_of<I, Unit, NATIVE, 4, 4>(d, row, column);
-        for (; row < d.rows; ++row) {
-            if (four) {
-                dot_of<I, Unit, NATIVE, 1, 4>(d, row, column);
-            } else {
-                for (int64_t c = column; c < d.columns; ++c) dot_of<I, Unit, NATIVE, 1, 1>(d, row, c);
-            }
-        }
+        for (; d.rows - row > 1; row += I::DOT_ROWS) dot_of<I, Unit, X, W, KEEP, I::DOT_ROWS>(d, row, column);
+        if (row < d.rows) dot_of<I, Unit, X, W, KEEP, 1>(d, row, column);
     }
+}
+
+template <class I, class Unit, DType X>
+void dot_from(const Dot& d) {
+    constexpr DType own = Unit::unit == 2 ? DType::bf16 : DType::f32;
+    if (d.w.dtype != own) return dot_all<I, Unit, X, X, false>(d);
+    d.keep.bits == nullptr ? dot_all<I, Unit, X, own, false>(d) : dot_all<I, Unit, X, own, true>(d);
 }
 
 // ---- lanes along the rows of x: no sums over lanes at the end, and each unit of w is read once for all of them ----
@@ -135,15 +182,16 @@ void rows_in_lanes(const Dot& d, int64_t column) {
 
 template <class I, class Unit>
 void dot(const Dot& d) {
-    const bool native = has_units<Unit>(d.w.dtype);
-    if (d.x_panel != nullptr && native) {
+    if (d.x_panel != nullptr && has_units<Unit>(d.w.dtype)) {
         for (int64_t column = 0; column < d.columns; column += I::MAX_ROWS) {
             d.rows <= I::W ? rows_in_lanes<I, Unit, 1, I::MAX_ROWS>(d, column) : rows_in_lanes<I, Unit, 2, I::MAX_ROWS>(d, column);
         }
-    } else if (native && has_units<Unit>(d.x.dtype)) {
-        dot_all<I, Unit, true>(d);
-    } else {
-        dot_all<I, Unit, false>(d);
+        return;
+    }
+    switch (d.x.dtype) {
+        case DType::f32: return dot_from<I, Unit, DType::f32>(d);
+        case DType::bf16: return dot_from<I, Unit, DType::bf16>(d);
+        default: return dot_from<I, Unit, DType::f16>(d);
     }
 }
 

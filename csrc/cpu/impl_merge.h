@@ -1,4 +1,4 @@
-// Gradients and statistics from the partial sums of the blocks. Part of kernels_impl.h.
+// Sums of two blocks, and gradients and statistics from those of all. Part of kernels_impl.h.
 #pragma once
 
 #include "impl_vectors.h"
@@ -20,14 +20,16 @@ struct MergeSums {
     }
 };
 
-// `count` sums over the blocks, in block order.
 template <class I>
-inline typename I::F sum_blocks(const float* partials, int64_t blocks, int64_t block_stride, int64_t count) {
-    typename I::F sum = I::zero();
-    for (int64_t b = 0; b < blocks; ++b, partials += block_stride) {
-        sum = I::add(sum, count >= I::W ? I::load(partials) : load_some<I>(partials, DType::f32, 0, count));
-    }
-    return sum;
+void add(float* to, const float* from, int64_t count) {
+    for (int64_t i = 0; i < count; i += I::W) I::store(to + i, I::add(I::load(to + i), I::load(from + i)));
+}
+
+// `count` sums; zeros where there are none.
+template <class I>
+inline typename I::F some_sums(const float* sums, int64_t count) {
+    if (sums == nullptr) return I::zero();
+    return count >= I::W ? I::load(sums) : load_some<I>(sums, DType::f32, 0, count);
 }
 
 // Sums over elements go in vectors of W, so the result depends on the sizes alone.
@@ -40,7 +42,7 @@ void merge(Merge& m) {
     const F scale = I::set1(m.scale), gate = I::set1(m.gate);
     for (int64_t i = 0; i < m.size; i += W) {
         const int64_t count = m.size - i;
-        const F sum = I::mul(sum_blocks<I>(m.partials + i, m.blocks, m.block_stride, count), scale);
+        const F sum = I::mul(some_sums<I>(m.sums == nullptr ? nullptr : m.sums + i, count), scale);
         if (m.statistics) {
             sums.add(count >= W ? load_floats<I>(m.parameter.data, m.parameter.dtype, i)
                                 : load_some<I>(m.parameter.data, m.parameter.dtype, i, count), sum);
@@ -85,7 +87,7 @@ void merge_columns(const MergeColumns& m) {
             I::transpose(parameter);
         }
         for (int j = 0; j < m.count; ++j) {
-            const F sum = I::mul(sum_blocks<I>(m.partials + j * m.size + i, m.blocks, m.block_stride, rows), scale);
+            const F sum = I::mul(some_sums<I>(m.sums == nullptr ? nullptr : m.sums + j * m.size + i, rows), scale);
             if (m.statistics) sums[j].add(I::as_floats(parameter[j]), sum);
             grads[j] = m.gate[j] == 0.0f ? I::zero_units() : I::as_units(I::mul(sum, I::set1(m.gate[j])));
         }

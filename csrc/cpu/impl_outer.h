@@ -6,20 +6,20 @@
 namespace hlk {
 namespace {
 
-// Two vectors of columns of the rows of one unit.
-template <class I, class Unit, DType D, bool KEEP>
-inline void outer_units(const Outer& o, int64_t row, typename I::U (&right)[2]) {
+// Two vectors of columns of the rows of one unit, which has both of its rows, or (not WHOLE) may have one.
+template <class I, class Unit, DType D, bool KEEP, bool WHOLE>
+[[gnu::always_inline]] inline void outer_units(const Outer& o, int64_t row, typename I::U (&right)[2]) {
     using F = typename I::F;
     constexpr int W = I::W;
     using T = typename Storage<D>::type;
     auto* even = static_cast<const T*>(o.u.data) + row * o.u.ld;
     if constexpr (Unit::unit == 2) {
         alignas(64) static const uint16_t zeros[2 * W] = {};
-        auto* odd = row + 1 < o.rows ? even + o.u.ld : zeros;
+        auto* odd = WHOLE || row + 1 < o.rows ? even + o.u.ld : zeros;
         I::interleave(even, odd, right[0], right[1]);
         if constexpr (KEEP) {
             const uint64_t low = bits_at(o.keep.bits + row * o.keep.ld, 0, 2 * W);
-            const uint64_t high = row + 1 < o.rows ? bits_at(o.keep.bits + (row + 1) * o.keep.ld, 0, 2 * W) : 0;
+            const uint64_t high = WHOLE || row + 1 < o.rows ? bits_at(o.keep.bits + (row + 1) * o.keep.ld, 0, 2 * W) : 0;
             for (int v = 0; v < 2; ++v) right[v] = I::keep_pair(right[v], low >> (v * W), high >> (v * W));
         }
     } else {
@@ -31,51 +31,60 @@ inline void outer_units(const Outer& o, int64_t row, typename I::U (&right)[2]) 
     }
 }
 
+template <class I, class Unit, DType D, bool KEEP, bool WHOLE, int COUNT>
+[[gnu::always_inline]] inline void outer_step(const Outer& o, int64_t row, const uint32_t* coef, typename I::F (&acc)[COUNT][2]) {
+    using U = typename I::U;
+    U right[2];
+    outer_units<I, Unit, D, KEEP, WHOLE>(o, row, right);
+#pragma GCC unroll 16
+    for (int j = 0; j < COUNT; ++j) {
+        const U left = I::broadcast(coef + j);
+        acc[j][0] = Unit::mac(acc[j][0], left, right[0]);
+        acc[j][1] = Unit::mac(acc[j][1], left, right[1]);
+    }
+}
+
+// Loops over the sums are unrolled, or they would lie in memory.
 template <class I, class Unit, DType D, bool KEEP, int COUNT>
 void outer_of(const Outer& o, float* out, int64_t out_ld) {
-    using F = typename I::F;
-    using U = typename I::U;
     constexpr int W = I::W;
-    F acc[COUNT][2];
+    typename I::F acc[COUNT][2];
+#pragma GCC unroll 16
     for (int j = 0; j < COUNT; ++j) {
-        for (int v = 0; v < 2; ++v) acc[j][v] = o.accumulate ? I::load(out + j * out_ld + v * W) : I::zero();
+        acc[j][0] = o.accumulate ? I::load(out + j * out_ld) : I::zero();
+        acc[j][1] = o.accumulate ? I::load(out + j * out_ld + W) : I::zero();
     }
     const uint32_t* coef = o.coef;
     // Rows lie far apart, so that the hardware does not see what comes next: the same rows of the next columns.
     const char* ahead = static_cast<const char*>(o.u.data) + 2 * W * size_of(D);
-    for (int64_t row = 0; row < o.rows; row += Unit::unit) {
-        for (int i = 0; i < Unit::unit; ++i, ahead += o.u.ld * size_of(D)) {
+    const int64_t apart = o.u.ld * size_of(D);
+    int64_t row = 0;
+    for (; row + Unit::unit <= o.rows; row += Unit::unit, coef += o.lanes) {
+        for (int i = 0; i < Unit::unit; ++i, ahead += apart) {
             __builtin_prefetch(ahead);
-            if constexpr (sizeof(typename Storage<D>::type) == 4) __builtin_prefetch(ahead + 64);
+            if constexpr (size_of(D) == 4) __builtin_prefetch(ahead + 64);
         }
-        U right[2];
-        outer_units<I, Unit, D, KEEP>(o, row, right);
-#pragma GCC unroll 16
-        for (int j = 0; j < COUNT; ++j) {
-            const U left = I::broadcast(coef + j);
-            acc[j][0] = Unit::mac(acc[j][0], left, right[0]);
-            acc[j][1] = Unit::mac(acc[j][1], left, right[1]);
-        }
-        coef += o.lanes;
+        outer_step<I, Unit, D, KEEP, true>(o, row, coef, acc);
     }
+    if (row < o.rows) outer_step<I, Unit, D, KEEP, false>(o, row, coef, acc);
+#pragma GCC unroll 16
     for (int j = 0; j < COUNT; ++j) {
         I::store(out + j * out_ld, acc[j][0]);
         I::store(out + j * out_ld + W, acc[j][1]);
     }
 }
 
-template <class I, class Unit, DType D, bool KEEP, int COUNT>
-void outer_count(const Outer& o, float* out, int64_t out_ld) {
-    if constexpr (COUNT > 1) {
-        if (o.count < COUNT) return outer_count<I, Unit, D, KEEP, COUNT - 1>(o, out, out_ld);
-    }
-    outer_of<I, Unit, D, KEEP, COUNT>(o, out, out_ld);
+template <class I, class Unit, DType D, bool KEEP, int... COUNT>
+void outer_count(const Outer& o, float* out, int64_t out_ld, std::integer_sequence<int, COUNT...>) {
+    static constexpr void (*of[sizeof...(COUNT)])(const Outer&, float*, int64_t) = {outer_of<I, Unit, D, KEEP, COUNT + 1>...};
+    of[o.count - 1](o, out, out_ld);
 }
 
 template <class I, class Unit, DType D>
 void outer_tile(const Outer& o, float* out, int64_t out_ld) {
-    o.keep.bits == nullptr ? outer_count<I, Unit, D, false, I::MAX_ROWS>(o, out, out_ld)
-                           : outer_count<I, Unit, D, true, I::MAX_ROWS>(o, out, out_ld);
+    const auto counts = std::make_integer_sequence<int, I::MAX_ROWS>();
+    o.keep.bits == nullptr ? outer_count<I, Unit, D, false>(o, out, out_ld, counts)
+                           : outer_count<I, Unit, D, true>(o, out, out_ld, counts);
 }
 
 template <class I, class Unit>
@@ -109,7 +118,7 @@ void outer_along(const Outer& o, int64_t row, const uint32_t* coef, bool accumul
 #pragma GCC unroll 4
         for (int u = 0; u < UNITS; ++u) {
             U right[2];
-            outer_units<I, Unit, D, false>(part, row + u * Unit::unit, right);
+            outer_units<I, Unit, D, false, false>(part, row + u * Unit::unit, right);
 #pragma GCC unroll 4
             for (int j = 0; j < COUNT; ++j) {
                 const U left = I::broadcast(coef + u * o.lanes + j);

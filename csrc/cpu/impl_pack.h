@@ -36,19 +36,26 @@ void pack_rows(Matrix source, Keep keep, int64_t rows, int64_t depth, uint32_t* 
     }
 }
 
+// A unit of W columns, of which `count` are wanted; contraction `depth`, of which unit u counts rows. A vector may reach into the rows
+// behind its own, not behind the last of `columns` in all.
 template <class I, class Unit>
-void pack_columns(Matrix source, int64_t depth, int64_t columns, uint32_t* out, int64_t stride) {
+inline typename I::U unit_of_columns(Matrix source, int64_t depth, int64_t columns, int64_t u, int64_t column) {
     using F = typename I::F;
-    using U = typename I::U;
-    constexpr int W = I::W;
-    // A vector may reach into the rows behind its own, not behind the last one; what is too much is not stored.
-    const int64_t end = (depth - 1) * source.ld + columns;
-    auto load = [&](int64_t row, int64_t column, int64_t count) -> F {
+    const int64_t count = columns - column < I::W ? columns - column : I::W, end = (depth - 1) * source.ld + columns;
+    auto load = [&](int64_t row) -> F {
         if (row >= depth) return I::zero();
         const int64_t first = row * source.ld + column;
-        return first + W <= end ? load_floats<I>(source.data, source.dtype, first)
-                          : load_some<I>(source.data, source.dtype, first, count);
+        return first + I::W <= end ? load_floats<I>(source.data, source.dtype, first)
+                                   : load_some<I>(source.data, source.dtype, first, count);
     };
+    if constexpr (Unit::unit == 2) return I::pairs(load(2 * u), load(2 * u + 1));
+    if constexpr (Unit::unit == 1) return I::as_units(load(u));
+}
+
+template <class I, class Unit>
+void pack_columns(Matrix source, int64_t depth, int64_t columns, uint32_t* out, int64_t stride) {
+    using U = typename I::U;
+    constexpr int W = I::W;
     const int64_t units = (depth + Unit::unit - 1) / Unit::unit;
     for (int64_t u = 0; u < units; ++u) {
         uint32_t* to = out + u * stride;
@@ -66,16 +73,37 @@ void pack_columns(Matrix source, int64_t depth, int64_t columns, uint32_t* out, 
         }
         for (; column < columns; column += W) {
             const int64_t count = columns - column < W ? columns - column : W;
-            U value;
-            if constexpr (Unit::unit == 2) {
-                value = I::pairs(load(2 * u, column, count), load(2 * u + 1, column, count));
-            } else {
-                value = I::as_units(load(u, column, count));
-            }
+            const U value = unit_of_columns<I, Unit>(source, depth, columns, u, column);
             if (count == W) {
                 I::store_units(to + column, value);
             } else {
                 I::store_units(to + column, value, count);
+            }
+        }
+    }
+}
+
+template <class I, class Unit>
+void pack_transposed(Matrix source, int64_t depth, int64_t columns, uint32_t* out, int64_t stride) {
+    using U = typename I::U;
+    constexpr int W = I::W;
+    const int64_t units = (depth + Unit::unit - 1) / Unit::unit;
+    for (int64_t column = 0; column < columns; column += W) {
+        const int64_t here = columns - column < W ? columns - column : W;
+        for (int64_t u = 0; u < units; u += W) {
+            const int64_t count = units - u < W ? units - u : W;
+            U block[W];
+            for (int64_t i = 0; i < W; ++i) {
+                block[i] = i < count ? unit_of_columns<I, Unit>(source, depth, columns, u + i, column) : I::zero_units();
+            }
+            I::transpose(block);
+            for (int64_t i = 0; i < here; ++i) {
+                uint32_t* to = out + (column + i) * stride + u;
+                if (count == W) {
+                    I::store_units(to, block[i]);
+                } else {
+                    I::store_units(to, block[i], count);
+                }
             }
         }
     }

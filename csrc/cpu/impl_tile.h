@@ -96,7 +96,7 @@ struct LeftRows {
 // Adds the products of some units to the sums; left and b move on.
 template <class I, class Unit, bool IN_PLACE, int ROWS, int VECTORS>
 [[gnu::always_inline]] inline void add_products(LeftRows<ROWS, IN_PLACE>& left, const uint32_t*& b, int64_t b_stride, int64_t units,
-                                                typename I::F (&sum)[ROWS][VECTORS]) {
+                                                const char*& next, int64_t next_step, typename I::F (&sum)[ROWS][VECTORS]) {
     using U = typename I::U;
     constexpr int W = I::W;
     for (int64_t u = 0; u < units; ++u) {
@@ -112,6 +112,8 @@ template <class I, class Unit, bool IN_PLACE, int ROWS, int VECTORS>
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; ++v) sum[i][v] = Unit::mac(sum[i][v], unit, right[v]);
         }
+        __builtin_prefetch(next, 0, 2);
+        next += next_step;
         left.next();
         b += b_stride;
     }
@@ -123,12 +125,13 @@ template <class I, class Unit, bool IN_PLACE, int ROWS, int VECTORS>
                                                typename I::F (&ended)[ROWS][VECTORS], bool& any_ended) {
     LeftRows<ROWS, IN_PLACE> left(segment.a);
     const uint32_t* b = segment.b;
+    const char* next = segment.next;
     if constexpr (Unit::unit == 2) {
-        add_products<I, Unit>(left, b, segment.b_stride, segment.units, sum);
+        add_products<I, Unit>(left, b, segment.b_stride, segment.units, next, segment.next_step, sum);
         return;
     }
     for (int64_t units = segment.units; units > 0; units -= float_chain) {
-        add_products<I, Unit>(left, b, segment.b_stride, units < float_chain ? units : float_chain, sum);
+        add_products<I, Unit>(left, b, segment.b_stride, units < float_chain ? units : float_chain, next, segment.next_step, sum);
         if (units <= float_chain && last) break;
 #pragma GCC unroll 16
         for (int i = 0; i < ROWS; ++i) {
@@ -212,43 +215,6 @@ void tile_of(const Tile& t) {
     store_parts<I, VECTORS>(t, ROWS, sums);
 }
 
-// Rows times half a vector of columns, into float32: a path of rank 8 or less.
-template <class I, bool CHAINS, bool IN_PLACE, int ROWS>
-void half_tile_of(const Tile& t) {
-    using H = typename I::Half;
-    typename H::F sum[ROWS], ended[ROWS];
-    const Segment segment = t.segments[0];
-    LeftRows<ROWS, IN_PLACE> left(segment.a);
-    const uint32_t* b = segment.b;
-    for (int i = 0; i < ROWS; ++i) sum[i] = ended[i] = H::zero();
-    for (int64_t rest = segment.units; rest > 0; rest -= float_chain) {
-        const int64_t units = CHAINS && rest > float_chain ? float_chain : rest;
-        for (int64_t u = 0; u < units; ++u, left.next(), b += segment.b_stride) {
-            const typename H::U right = H::load_units(b);
-#pragma GCC unroll 16
-            for (int i = 0; i < ROWS; ++i) sum[i] = H::mac(sum[i], H::broadcast(left.at(i)), right);
-        }
-        if (!CHAINS) break;
-        for (int i = 0; i < ROWS; ++i) {
-            ended[i] = H::add(ended[i], sum[i]);
-            sum[i] = H::zero();
-        }
-    }
-    for (int i = 0; i < ROWS; ++i) H::store(static_cast<float*>(t.out) + i * t.out_ld, CHAINS ? ended[i] : sum[i]);
-}
-
-template <class I, class = void> struct HasHalf : std::false_type {};
-template <class I> struct HasHalf<I, std::void_t<typename I::Half>> : std::true_type {};
-
-template <class I, class Unit, int... ROWS>
-void half_tile(const Tile& t, std::integer_sequence<int, ROWS...>) {
-    if constexpr (HasHalf<I>::value) {
-        static constexpr void (*of[2][sizeof...(ROWS)])(const Tile&) = {{half_tile_of<I, Unit::unit == 1, false, ROWS + 1>...},
-                                                                       {half_tile_of<I, Unit::unit == 1, true, ROWS + 1>...}};
-        of[t.segments[0].a.row_bytes != 0][t.rows - 1](t);
-    }
-}
-
 template <class I, class Unit, int... ROWS>
 void tile_rows(const Tile& t, std::integer_sequence<int, ROWS...>) {
     static constexpr void (*of[2][sizeof...(ROWS)])(const Tile&) = {{tile_of<I, Unit, ROWS + 1, 1>...},
@@ -258,11 +224,6 @@ void tile_rows(const Tile& t, std::integer_sequence<int, ROWS...>) {
 
 template <class I, class Unit>
 void tile(const Tile& t) {
-    const bool plain = t.num_segments == 1 && t.out_dtype == DType::f32 && t.bias.data == nullptr && t.base.data == nullptr &&
-                       t.keep.bits == nullptr;
-    if (HasHalf<I>::value && plain && t.columns == I::W / 2) {
-        return half_tile<I, Unit>(t, std::make_integer_sequence<int, I::MAX_ROWS>());
-    }
     tile_rows<I, Unit>(t, std::make_integer_sequence<int, I::MAX_ROWS>());
 }
 

@@ -36,13 +36,13 @@ inline void store_floats(void* data, DType dtype, int64_t index, typename I::F v
     }
 }
 
-template <class I, class = void> struct HasPartialLoads : std::false_type {};
-template <class I> struct HasPartialLoads<I, std::void_t<decltype(sizeof(I::load_some_bf16(nullptr, 0)))>> : std::true_type {};
+template <class I, class = void> struct HasPartialVectors : std::false_type {};
+template <class I> struct HasPartialVectors<I, std::void_t<decltype(sizeof(I::load_some_bf16(nullptr, 0)))>> : std::true_type {};
 
 // The first `count` < W values, zeros behind them; reads nothing beyond.
 template <class I>
 inline typename I::F load_some(const void* data, DType dtype, int64_t index, int64_t count) {
-    if constexpr (HasPartialLoads<I>::value) {
+    if constexpr (HasPartialVectors<I>::value) {
         const void* from = static_cast<const char*>(data) + index * size_of(dtype);
         switch (dtype) {
             case DType::f32: return I::as_floats(I::load_some_units(from, 4 * count));
@@ -58,6 +58,14 @@ inline typename I::F load_some(const void* data, DType dtype, int64_t index, int
 
 template <class I>
 inline void store_some(void* data, DType dtype, int64_t index, int64_t count, typename I::F value) {
+    if constexpr (HasPartialVectors<I>::value) {
+        void* to = static_cast<char*>(data) + index * size_of(dtype);
+        switch (dtype) {
+            case DType::f32: return I::store_units(static_cast<uint32_t*>(to), I::as_units(value), count);
+            case DType::bf16: return I::store_some_bf16(to, value, count);
+            default: return I::store_some_f16(to, value, count);
+        }
+    }
     alignas(64) char buffer[4 * I::W];
     const int64_t size = size_of(dtype);
     store_floats<I>(buffer, dtype, 0, value);
@@ -105,7 +113,7 @@ struct PairUnit {
     static F mac(F acc, U a, U b) { return I::dot(acc, a, b); }
 
     static U load_some_halves(const uint16_t* from, int64_t count) {
-        if constexpr (HasPartialLoads<I>::value) {
+        if constexpr (HasPartialVectors<I>::value) {
             return I::load_some_units(from, 2 * count);
         } else {
             alignas(64) uint16_t buffer[2 * I::W] = {};

@@ -12,6 +12,7 @@ namespace {
 struct Avx2 {
     static constexpr int W = 8;
     static constexpr int MAX_ROWS = 6;
+    static constexpr int DOT_ROWS = 2;   // with 4 columns each, in registers
     using F = __m256;
     using U = __m256i;
 

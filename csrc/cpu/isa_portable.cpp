@@ -25,6 +25,7 @@ inline uint16_t f16_of(float value) {
 struct Portable {
     static constexpr int W = 8;
     static constexpr int MAX_ROWS = 4;
+    static constexpr int DOT_ROWS = 2;   // with 4 columns each, in registers
     struct F { float v[W]; };
     struct U { uint32_t v[W]; };
 

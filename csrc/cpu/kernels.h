@@ -19,7 +19,7 @@ namespace hlk {
 
 enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
 
-inline int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+constexpr int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 // A row-major matrix of any of the dtypes: element (i, j) lies at i * ld + j.
 struct Matrix {
@@ -54,6 +54,15 @@ struct Segment {
     const uint32_t* b;
     int64_t b_stride;
     int64_t units;
+    // What is read next, fetched into the second cache while the units pass by: where, and bytes per unit.
+    const char* next = nullptr;
+    int64_t next_step = 0;
+
+    // The panel behind this one, shared out among `tiles` that read this one.
+    void fetch_next(int64_t tiles) {
+        next = reinterpret_cast<const char*>(b + b_stride * units);
+        next_step = 4 * b_stride / tiles;
+    }
 };
 
 // out[rows, columns] = init + sum of the segments, accumulated in float32 and converted at the store.
@@ -86,19 +95,40 @@ struct Outer {
     bool accumulate = false;   // add to what stands in out
 };
 
-// out[rows, columns] = sum_k x[row][k] w[column][k], both row-major and not packed: for few rows.
+// out[rows, columns] = sum_k keep(x)[row][k] w[column][k], both row-major as they lie: for few rows, or few columns. Each sum depends on
+// its row and its column alone.
 struct Dot {
     int64_t rows = 0, columns = 0, depth = 0;
-    Matrix x, w;
+    Matrix x, w;                         // w in x's dtype or in the units' own
+    Keep keep;                           // of x, where w has the units' dtype
     const uint32_t* x_panel = nullptr;   // x as a panel of whole vectors of rows, at most 16; nullptr: there is none
     float* out = nullptr;
     int64_t out_ld = 0;
 };
 
-// One row of a gradient from its partial sums, with its statistics.
+// out[rows, columns] = from * factor, in another dtype. A factor of 0 gives 0, whatever it multiplies.
+struct Convert {
+    int64_t rows = 0, columns = 0;
+    Matrix from;
+    const float* factor = nullptr;       // [columns]; nullptr: the values as they are
+    void* out = nullptr;
+    DType out_dtype = DType::f32;
+    int64_t out_ld = 0;
+};
+
+// Adds the sums over rows of h^2 and of q h, column by column.
+struct Moments {
+    int64_t rows = 0, columns = 0;
+    Matrix h;
+    const float* q = nullptr;
+    int64_t q_ld = 0;
+    float *h_sq = nullptr, *qh = nullptr;   // [columns]
+};
+
+// One row of a gradient from its sums, with its statistics.
 struct Merge {
-    const float* partials = nullptr;   // [blocks][size], at block_stride
-    int64_t blocks = 0, block_stride = 0, size = 0;
+    const float* sums = nullptr;       // [size]; nullptr: zeros
+    int64_t size = 0;
     float scale = 1.0f, gate = 1.0f;
     Matrix parameter;                  // one row
     void* grad = nullptr;              // the parameter's dtype; nullptr: not wanted
@@ -106,11 +136,11 @@ struct Merge {
     float squares = 0, abs_products = 0, products_sq = 0;
 };
 
-// Columns of a gradient [size, count] from partial sums that lie the other way round, with their statistics; as many as a vector has
-// lanes at most.
+// Columns of a gradient [size, count] from sums that lie the other way round, with their statistics; as many as a vector has lanes at
+// most.
 struct MergeColumns {
-    const float* partials = nullptr;   // [blocks][count][size], at block_stride
-    int64_t blocks = 0, block_stride = 0, size = 0;
+    const float* sums = nullptr;       // [count][size]; nullptr: zeros
+    int64_t size = 0;
     int count = 0;
     float scale = 1.0f;
     const float* gate = nullptr;       // [count]
@@ -139,19 +169,25 @@ struct Engine {
     int block_rows;  // of a block whose strips stay in the second cache of a core
     int row_step;    // rows of a strip and lanes of coefficients are padded to a multiple of this
     int unit_step;   // units of a contraction are padded to a multiple of this
-    bool half_tiles; // half a vector of columns is multiplied by itself
     bool row_tiles;  // left operands may be rows of a matrix
+    bool row_dots;   // products with few lanes are dots of rows; else tiles of strips
     // a strip of `rows` rows, padding included; rows whose contraction runs along the row
     void (*pack_strip)(Matrix source, Keep keep, int64_t rows, int64_t depth, uint32_t* out);
     // columns of a panel from rows whose contraction runs along the row: out[u * stride + row]
     void (*pack_rows)(Matrix source, int64_t rows, int64_t depth, uint32_t* out, int64_t stride);
     // columns of a panel from rows along which the contraction does not run: out[u * stride + column], u counts rows
     void (*pack_columns)(Matrix source, int64_t depth, int64_t columns, uint32_t* out, int64_t stride);
+    // columns of a matrix as rows along which the contraction runs: out[column * stride + u], u counts rows
+    void (*pack_transposed)(Matrix source, int64_t depth, int64_t columns, uint32_t* out, int64_t stride);
     // coefficients first ... first + count - 1 of `lanes` from the columns of a matrix
     void (*pack_coefficients)(Matrix source, int64_t rows, int64_t first, int64_t count, uint32_t* out, int64_t lanes);
     void (*tile)(const Tile& tile);
     void (*outer)(const Outer& outer);
     void (*dot)(const Dot& dot);
+    void (*convert)(const Convert& convert);
+    void (*moments)(const Moments& moments);
+    // to += from; `count` is a multiple of max_lanes
+    void (*add)(float* to, const float* from, int64_t count);
     void (*merge)(Merge& merge);
     void (*merge_columns)(const MergeColumns& merge);
     // bits of `columns` draws of row `row`, 8 columns a byte
@@ -164,12 +200,13 @@ struct Engine {
     int64_t strip_rows(int64_t rows) const { return padded(rows, row_step); }
     int64_t coefficient_units(int64_t rows, int64_t lanes) const { return units(rows) * padded(lanes, row_step); }
     int panel() const { return 2 * lanes; }
+    DType dtype() const { return unit == 2 ? DType::bf16 : DType::f32; }
 
     // Whether rows of a matrix can be read where they lie: packing them costs 2 to 4 % of a product. Not where rows lie whole pages
     // apart: they would push each other out of the first cache.
     bool reads_in_place(Matrix source, int64_t depth) const {
         const int64_t apart = source.ld * size_of(source.dtype) % 4096;
-        return row_tiles && source.dtype == (unit == 2 ? DType::bf16 : DType::f32) && depth % unit == 0 && apart >= 64 &&
+        return row_tiles && source.dtype == dtype() && depth % unit == 0 && apart >= 64 &&
                apart <= 4032;
     }
 

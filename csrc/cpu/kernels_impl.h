@@ -8,6 +8,7 @@
 #include "impl_merge.h"
 #include "impl_outer.h"
 #include "impl_pack.h"
+#include "impl_rows.h"
 #include "impl_tile.h"
 
 namespace hlk {
@@ -23,15 +24,18 @@ constexpr Engine make_engine(const char* name) {
     // A block's rows packed at K = 2048 in bf16 take 0.5 MB.
     engine.block_rows = 128;
     engine.row_step = engine.unit_step = 1;
-    engine.half_tiles = HasHalf<I>::value;
-    engine.row_tiles = true;
+    engine.row_tiles = engine.row_dots = true;
     engine.pack_strip = pack_strip<I, Unit>;
     engine.pack_rows = pack_panel_rows<I, Unit>;
     engine.pack_columns = pack_columns<I, Unit>;
+    engine.pack_transposed = pack_transposed<I, Unit>;
     engine.pack_coefficients = pack_coefficients<I, Unit>;
     engine.tile = tile<I, Unit>;
     engine.outer = outer<I, Unit>;
     engine.dot = dot<I, Unit>;
+    engine.convert = convert<I>;
+    engine.moments = moments<I>;
+    engine.add = add<I>;
     engine.merge = merge<I>;
     engine.merge_columns = merge_columns<I>;
     engine.keep_bits = keep_bits<I>;

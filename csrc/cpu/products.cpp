@@ -86,7 +86,7 @@ void pack_path(const Engine& engine, const Path& path, Matrix parameter, bool al
 
 void few_along_rows(const Engine& engine, Matrix x, const uint32_t* x_panel, int64_t rows, Matrix w, int64_t columns, int64_t depth,
                     float* out, int64_t out_ld) {
-    engine.dot(Dot{rows, columns, depth, x, w, x_panel, out, out_ld});
+    engine.dot({rows, columns, depth, x, w, Keep{}, x_panel, out, out_ld});
 }
 
 void few_along_columns(const Engine& engine, const uint32_t* strip, int64_t rows, Matrix w, int64_t columns, int64_t depth,
@@ -104,34 +104,17 @@ void few_along_columns(const Engine& engine, const uint32_t* strip, int64_t rows
     engine.outer(outer);
 }
 
-void low_rank_product(const Engine& engine, Left left, int64_t rows, const uint32_t* panel, int64_t lanes,
-                      int64_t units, float* out) {
-    const int64_t width = round_up(lanes, engine.lanes);
+void strip_product(const Engine& engine, Left left, int64_t rows, const uint32_t* panel, int64_t width, int64_t units, float* out) {
     for (int64_t lane = 0; lane < width; lane += engine.panel()) {
         const Segment segment{left, panel + lane, width, units};
-        const bool half = engine.half_tiles && lanes - lane <= engine.lanes / 2;
         Tile tile;
         tile.rows = static_cast<int>(rows);
-        tile.columns = half ? engine.lanes / 2 : static_cast<int>(std::min<int64_t>(engine.panel(), width - lane));
+        tile.columns = static_cast<int>(std::min<int64_t>(engine.panel(), width - lane));
         tile.vectors = tile.columns > engine.lanes ? 2 : 1;
         tile.segments = &segment;
         tile.num_segments = 1;
         tile.out = out + lane;
         tile.out_ld = width;
-        engine.tile(tile);
-    }
-}
-
-void copy_rows(const Engine& engine, Matrix from, int64_t rows, int64_t columns, void* to, DType dtype, int64_t ld) {
-    for (int64_t c = 0; c < columns; c += engine.panel()) {
-        Tile tile;
-        tile.rows = static_cast<int>(rows);
-        tile.columns = static_cast<int>(std::min<int64_t>(engine.panel(), columns - c));
-        tile.vectors = tile.columns > engine.lanes ? 2 : 1;
-        tile.base = from.at(0, c);
-        tile.out = static_cast<char*>(to) + c * size_of(dtype);
-        tile.out_dtype = dtype;
-        tile.out_ld = ld;
         engine.tile(tile);
     }
 }

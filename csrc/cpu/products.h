@@ -26,11 +26,7 @@ inline Left in_place(Matrix source) {
     return {static_cast<const uint32_t*>(source.data), source.ld * size_of(source.dtype)};
 }
 
-// Rows times a narrow panel [units][lanes rounded up to vectors] into float32 [rows][as many].
-void low_rank_product(const Engine& engine, Left left, int64_t rows, const uint32_t* panel, int64_t lanes,
-                      int64_t units, float* out);
-
-// A strip's rows in another dtype, by tiles without segments: the engine's own conversion and rounding.
-void copy_rows(const Engine& engine, Matrix from, int64_t rows, int64_t columns, void* to, DType dtype, int64_t ld);
+// Rows of strips times a narrow panel [units][width], width a multiple of a vector, into float32 [rows][width].
+void strip_product(const Engine& engine, Left left, int64_t rows, const uint32_t* panel, int64_t width, int64_t units, float* out);
 
 }  // namespace hlk

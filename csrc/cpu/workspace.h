@@ -103,6 +103,18 @@ inline Lanes lanes_of(const Group& g) {
     return lanes;
 }
 
+// s gate of every row, with dropout's scale, at the lanes of the sources or of the outputs; 0 where no row is.
+inline std::vector<std::vector<float>> lane_factors(const Group& g, const Lanes& lanes, bool of_sources) {
+    std::vector<std::vector<float>> factors;
+    for (int64_t width : of_sources ? lanes.source_width : lanes.output_width) factors.emplace_back(width, 0.0f);
+    for (size_t p = 0; p < g.paths.size(); ++p) {
+        const Path& path = g.paths[p];
+        float* to = of_sources ? factors[path.source].data() + lanes.of_source[p] : factors[path.output].data() + lanes.of_output[p];
+        for (int64_t j = 0; j < path.rows; ++j) to[j] = path.gate[j] == 0.0f ? 0.0f : path.gate[j] * path.scaling * g.dropout_scale;
+    }
+    return factors;
+}
+
 // Fixed blocks of rows: a function of the sizes alone, so that sums over blocks do not depend on the number of threads.
 // `depth` is the contraction of the strips that a block keeps.
 struct Blocks {
@@ -124,12 +136,16 @@ struct Blocks {
 // units start at first * units.
 struct Strips {
     int64_t rows, most, count;
-    bool padded;
 
     Strips(const Engine& engine, int64_t rows, int most)
-        : rows(rows), most(most), count((rows + most - 1) / most), padded(engine.row_step > 1) {}
-    int64_t first(int64_t strip) const { return padded ? std::min(strip * most, rows) : rows * strip / count; }
+        : rows(rows), most(most), count((rows + most - 1) / most),
+          lower_(engine.row_step > 1 ? most : count > 0 ? rows / count : 0), higher_(engine.row_step > 1 ? 0 : rows - lower_ * count) {}
+    // The higher ones come first.
+    int64_t first(int64_t strip) const { return std::min(strip * lower_ + std::min(strip, higher_), rows); }
     int64_t size(int64_t strip) const { return first(strip + 1) - first(strip); }
+
+private:
+    int64_t lower_, higher_;   // rows of the lower strips, and how many have one more
 };
 
 struct Range {
@@ -159,7 +175,7 @@ inline int64_t work_of(const Group& g) {
 // in its cache; with fewer, the stages are shared out by strip and by column instead. The numbers are the same.
 //
 // Work has: Scratch make(Slots&, block), strip(Scratch&, s, Slots), finish(Scratch&, Slots),
-// columns(Scratch&, part, parts, Slots).
+// columns(Scratch&, part, parts, Slots), done(block).
 template <class Work>
 void run_blocks(Work& work, const Engine& engine, const Blocks& blocks, Slots& shared, const Parallel& parallel) {
     if (blocks.count >= parallel.threads) {
@@ -170,6 +186,7 @@ void run_blocks(Work& work, const Engine& engine, const Blocks& blocks, Slots& s
             for (int64_t s = 0; s < Strips(engine, blocks.size(block), engine.max_rows).count; ++s) work.strip(scratch, s, slots);
             work.finish(scratch, slots);
             work.columns(scratch, 0, 1, slots);
+            work.done(block);
             worker_arena().trim();
         });
         return;
@@ -197,6 +214,7 @@ void run_blocks(Work& work, const Engine& engine, const Blocks& blocks, Slots& s
         work.columns(scratches[i / parts], i % parts, parts, slots);
         worker_arena().trim();
     });
+    for (int64_t block = 0; block < blocks.count; ++block) work.done(block);
 }
 
 }  // namespace hlk
