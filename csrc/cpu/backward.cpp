@@ -1,11 +1,9 @@
 // The backward of a group. A thread takes a block of rows through all stages: packs a strip of every grad_out, computes its
 // rows of q, then the gradients of the sources panel by panel, and the block's parts of grad_A, grad_B and the statistics.
-// Parts are added two by two, always the same two: by the thread that has the second one, while its own is in the cache.
-#include <atomic>
-#include <mutex>
+#include <optional>
 
+#include "block_sums.h"
 #include "products.h"
-#include "workspace.h"
 
 namespace hlk {
 
@@ -43,28 +41,27 @@ public:
         pack_paths();
         int64_t width = 0;
         for (size_t key = 0; key < g_.sources.size(); ++key) {
-            first_A_.push_back(part_floats_);
-            part_floats_ += shadow_A() ? lanes_.source_width[key] * g_.sources[key].columns : 0;
+            first_A_.push_back(sums_floats_);
+            sums_floats_ += shadow_A() ? lanes_.source_width[key] * g_.sources[key].columns : 0;
         }
         for (size_t i = 0; i < g_.outputs.size(); ++i) {
             const bool wanted = shadow_B() && g_.outputs[i].grad_out.data != nullptr;
-            first_B_.push_back(part_floats_);
-            part_floats_ += wanted ? lanes_.output_width[i] * g_.outputs[i].columns : 0;
+            first_B_.push_back(sums_floats_);
+            sums_floats_ += wanted ? lanes_.output_width[i] * g_.outputs[i].columns : 0;
             width += lanes_.output_width[i];
         }
-        first_sums_ = part_floats_;
-        part_floats_ = round_up(part_floats_ + (statistics_ ? 2 * width : 0), max_lanes);
+        first_sums_ = sums_floats_;
+        sums_floats_ += statistics_ ? 2 * width : 0;
         products_sq_ = shared_.take<float>(statistics_ ? 2 * width : 0);
-        parts_.resize(blocks_.count);
-        arrived_ = std::vector<std::atomic<int>>(blocks_.count);
         find_pieces();
+        sums_.emplace(e_, shared_, blocks_.count, sums_floats_, first_sums_);
         run_blocks(*this, e_, blocks_, shared_, parallel_);
         merge();
         call_arena().trim();
     }
 
     struct Scratch {
-        int64_t first;                     // row of the block
+        int64_t block, first;              // its first row
         float* part;                       // its sums
         Strips strips, tiles;
         std::vector<uint32_t*> grad_out;   // per output: strips of grad_out
@@ -76,7 +73,7 @@ public:
 
     Scratch make(Slots& slots, int64_t block) {
         const int64_t size = blocks_.size(block), rows = e_.strip_rows(size);
-        Scratch scratch{blocks_.first(block), parts_[block] = take_part(), Strips(e_, size, e_.max_rows), Strips(e_, size, e_.tile_rows),
+        Scratch scratch{block, blocks_.first(block), sums_->take(block), Strips(e_, size, e_.max_rows), Strips(e_, size, e_.tile_rows),
                         {}, {}, {}, {}, {}};
         for (size_t i = 0; i < g_.outputs.size(); ++i) {
             const bool packed = g_.outputs[i].grad_out.data != nullptr && needs_strip(i) && !in_place_[i];
@@ -169,39 +166,14 @@ public:
         for (size_t key = 0; key < g_.sources.size(); ++key) {
             const Source& source = g_.sources[key];
             const Range range = share((source.columns + width - 1) / width, part, parts);
-            outer_A(scratch, key, range);
             if (source.grad != nullptr) source_columns(scratch, key, range, slots);
+            outer_A(scratch, key, range);
         }
     }
 
-    // Adds the block's sums to those of its neighbour, theirs to those of the next two, and so on, as far as those are there.
-    void done(int64_t block) {
-        for (int64_t apart = 1; apart < blocks_.count; apart *= 2) {
-            const int64_t left = block / (2 * apart) * (2 * apart), right = left + apart;
-            block = left;
-            if (right >= blocks_.count) continue;
-            if (arrived_[right].fetch_add(1, std::memory_order_acq_rel) == 0) return;
-            e_.add(parts_[left], parts_[right], part_floats_);
-            const std::lock_guard<std::mutex> lock(mutex_);
-            free_.push_back(parts_[right]);
-        }
-    }
+    void done(int64_t block) { sums_->done(block); }
 
 private:
-    // Memory for the sums of a block; of two that have been added the second is used again.
-    float* take_part() {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        float* part = nullptr;
-        if (free_.empty()) {
-            part = shared_.take<float>(part_floats_);
-        } else {
-            part = free_.back();
-            free_.pop_back();
-        }
-        std::fill(part + first_sums_, part + part_floats_, 0.0f);
-        return part;
-    }
-
     // Of the strips that a block keeps.
     static int64_t depth_of(const Group& g) {
         int64_t depth = 0;
@@ -271,7 +243,13 @@ private:
                 if (!contributes(i)) continue;
                 Segment& segment = segments[tile.num_segments++];
                 segment = {{}, weights_[i] + column * units_[i], width, units_[i]};
-                segment.fetch_next(scratch.tiles.count);
+                segment.fetch_next_panel(scratch.tiles.count);
+                // What comes after the tiles: the block's rows of x, then the next block's of grad_out.
+                if (panel + 2 == range.end) blocks_.fetch(segment, scratch.tiles.count, source.values, source.columns, scratch.block);
+                if (panel + 1 == range.end) {
+                    const Output& output = g_.outputs[i];
+                    blocks_.fetch(segment, scratch.tiles.count, output.grad_out, output.columns, scratch.block + parallel_.threads);
+                }
             }
             tile.columns = static_cast<int>(here);
             tile.vectors = here > e_.lanes ? 2 : 1;
@@ -432,7 +410,7 @@ private:
 
     // Sums over all blocks; nullptr where nobody asked for the path's output.
     const float* sums_of(const Path& path, int64_t first) const {
-        return g_.outputs[path.output].grad_out.data != nullptr ? parts_[0] + first : nullptr;
+        return g_.outputs[path.output].grad_out.data != nullptr ? sums_->all() + first : nullptr;
     }
 
     // The squares of products go to where those of lora_B are added.
@@ -484,7 +462,7 @@ private:
     void finish_statistics(size_t p) {
         const Path& path = g_.paths[p];
         for (int64_t j = 0; j < path.rows; ++j) {
-            const float* sums = parts_[0] + first_sums_ + 2 * sums_first(p) + j;
+            const float* sums = sums_->all() + first_sums_ + 2 * sums_first(p) + j;
             float* stats = path.stats + j * num_stats_columns;
             const float* products_sq = products_sq_ + 2 * (sums_first(p) + j);
             stats[hidden_sq] = sums[0];
@@ -508,11 +486,8 @@ private:
     std::vector<uint32_t*> lora_B_;     // per output: [lanes][units(N)], for tiles [units(N)][lanes], lanes a multiple of a vector
     // The sums of a block: per source [lanes][columns], per output [lanes][N], and of each path [h^2, q h][rows].
     std::vector<int64_t> first_A_, first_B_;
-    int64_t first_sums_ = 0, part_floats_ = 0;
-    std::vector<float*> parts_;         // of each block
-    std::vector<std::atomic<int>> arrived_;   // how many of a block's two sums are there
-    std::vector<float*> free_;
-    std::mutex mutex_;                  // of free_ and shared_
+    int64_t first_sums_ = 0, sums_floats_ = 0;
+    std::optional<BlockSums> sums_;
     float* products_sq_ = nullptr;      // per path and row: those of lora_A and of lora_B
     std::vector<Piece> pieces_;
     float* piece_sums_ = nullptr;       // [pieces][rows][K]

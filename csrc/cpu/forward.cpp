@@ -23,7 +23,7 @@ public:
     }
 
     struct Scratch {
-        int64_t first;                   // row of the block
+        int64_t block, first;            // its first row
         Strips strips, tiles;
         uint32_t* x = nullptr;           // strips of x
         std::vector<uint32_t*> low_rank; // per output: strips of s gate h
@@ -31,7 +31,7 @@ public:
 
     Scratch make(Slots& slots, int64_t block) {
         const int64_t size = blocks_.size(block), rows = e_.strip_rows(size);
-        Scratch scratch{blocks_.first(block), Strips(e_, size, e_.max_rows), Strips(e_, size, e_.tile_rows), nullptr, {}};
+        Scratch scratch{block, blocks_.first(block), Strips(e_, size, e_.max_rows), Strips(e_, size, e_.tile_rows), nullptr, {}};
         if (needs_x() && !x_in_place_) scratch.x = slots.take<uint32_t>(rows * depth_units_);
         for (size_t i = 0; i < g_.outputs.size(); ++i) {
             scratch.low_rank.push_back(slots.take<uint32_t>(rows * e_.units(lanes_.output_width[i])));
@@ -108,7 +108,10 @@ public:
                 if (output.has_weight && !few()) {
                     weight = &segments[tile.num_segments++];
                     *weight = {{}, weights_[i] + column * depth_units_, width, depth_units_};
-                    weight->fetch_next(scratch.tiles.count);
+                    weight->fetch_next_panel(scratch.tiles.count);
+                    if (i + 1 == g_.outputs.size() && panel + 1 == range.end) {
+                        blocks_.fetch(*weight, scratch.tiles.count, g_.sources[0].values, depth_, scratch.block + parallel_.threads);
+                    }
                 }
                 tile.columns = static_cast<int>(here);
                 tile.vectors = here > e_.lanes ? 2 : 1;

@@ -112,8 +112,11 @@ template <class I, class Unit, bool IN_PLACE, int ROWS, int VECTORS>
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; ++v) sum[i][v] = Unit::mac(sum[i][v], unit, right[v]);
         }
-        __builtin_prefetch(next, 0, 2);
-        next += next_step;
+        // Plain C++ has no registers left for it.
+        if constexpr (I::MAX_ROWS > 4) {
+            __builtin_prefetch(next, 0, 2);
+            next += next_step;
+        }
         left.next();
         b += b_stride;
     }
@@ -125,7 +128,8 @@ template <class I, class Unit, bool IN_PLACE, int ROWS, int VECTORS>
                                                typename I::F (&ended)[ROWS][VECTORS], bool& any_ended) {
     LeftRows<ROWS, IN_PLACE> left(segment.a);
     const uint32_t* b = segment.b;
-    const char* next = segment.next;
+    // An address that is mapped: the processor would look for any other in vain.
+    const char* next = segment.next != nullptr ? segment.next : reinterpret_cast<const char*>(b);
     if constexpr (Unit::unit == 2) {
         add_products<I, Unit>(left, b, segment.b_stride, segment.units, next, segment.next_step, sum);
         return;

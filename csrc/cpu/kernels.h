@@ -58,11 +58,12 @@ struct Segment {
     const char* next = nullptr;
     int64_t next_step = 0;
 
-    // The panel behind this one, shared out among `tiles` that read this one.
-    void fetch_next(int64_t tiles) {
-        next = reinterpret_cast<const char*>(b + b_stride * units);
-        next_step = 4 * b_stride / tiles;
+    // Bytes shared out among `tiles` that read this panel.
+    void fetch(const void* from, int64_t bytes, int64_t tiles) {
+        next = static_cast<const char*>(from);
+        next_step = bytes / (tiles * (units > 0 ? units : 1));
     }
+    void fetch_next_panel(int64_t tiles) { fetch(b + b_stride * units, 4 * b_stride * units, tiles); }
 };
 
 // out[rows, columns] = init + sum of the segments, accumulated in float32 and converted at the store.

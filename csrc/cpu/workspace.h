@@ -129,6 +129,12 @@ struct Blocks {
     }
     int64_t first(int64_t block) const { return rows * block / count; }
     int64_t size(int64_t block) const { return first(block + 1) - first(block); }
+
+    // Has a segment's tiles fetch a block of the rows of a matrix, which is read after them.
+    void fetch(Segment& segment, int64_t tiles, Matrix values, int64_t columns, int64_t block) const {
+        if (block >= count || values.data == nullptr || values.ld != columns) return;
+        segment.fetch(values.at(first(block), 0).data, size(block) * columns * size_of(values.dtype), tiles);
+    }
 };
 
 // The strips of one block (or, with `most` rows of a tile, the tiles across them): of nearly equal heights, or full ones
