@@ -8,7 +8,8 @@ a recompute knows neither the key nor the outputs that another call left.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from operator import is_
 
@@ -33,29 +34,30 @@ GROUPS: dict[str, tuple[tuple[str, ...], ...]] = {
 
 
 @dataclass(eq=False)
-class _Tensors:
-    """A member's tensors as they were when they were found plain.
+class _Plain:
+    """A member's tensors as they were when they were found plain; whoever exchanges one frees it.
 
     Attributes:
-        found: as :func:`_tensors_of` gives them.
+        tensors: as :func:`_tensors_of` gives them, by references that keep nothing alive.
         addresses: of those that are parameters.
-        counted: those that count their versions.
+        counted: places of those that count their versions.
     """
 
-    found: tuple[Tensor | None, ...]
+    tensors: list[Callable[[], Tensor | None]]
     addresses: list[int]
-    counted: list[Tensor]
+    counted: list[int]
 
     @classmethod
-    def of(cls, found: tuple[Tensor | None, ...]) -> _Tensors:
-        return cls(found, _addresses(found), [t for t in found if t is not None and not t.is_inference()])
+    def of(cls, found: tuple[Tensor | None, ...]) -> _Plain:
+        return cls([_nothing if t is None else weakref.ref(t) for t in found], _addresses(found),
+                   [i for i, t in enumerate(found) if t is not None and not t.is_inference()])
 
     def are(self, found: tuple[Tensor | None, ...]) -> bool:
-        """Whether they are the same objects."""
-        return all(map(is_, self.found, found))
+        """Whether they are the same objects, where they were."""
+        return all([tensor() is t for tensor, t in zip(self.tensors, found)]) and self.addresses == _addresses(found)
 
-    def versions(self) -> list[int]:
-        return [t._version for t in self.counted]
+    def versions(self, found: tuple[Tensor | None, ...]) -> list[int]:
+        return [found[i]._version for i in self.counted]
 
 
 @dataclass(eq=False)
@@ -67,15 +69,17 @@ class Turn:
         called: the members that had their turn, as indices.
         rng: int64 [1], the key of the mask; None before somebody asked.
         outs: every member's output until it is taken, if the first member computed them; else None.
-        circumstances, tensors, versions: what they were computed from.
+        tensors, plain: those of every member.
+        circumstances, versions: what they were computed from, beside x and the tensors.
     """
 
     x: Tensor
     called: set[int] = field(default_factory=set)
     rng: Tensor | None = None
     outs: list[Tensor | None] | None = None
+    tensors: list[tuple[Tensor | None, ...]] = field(default_factory=list)
+    plain: list[_Plain] = field(default_factory=list)
     circumstances: tuple = ()
-    tensors: list[_Tensors] = field(default_factory=list)
     versions: list[list[int]] = field(default_factory=list)
 
     def key(self, x: Tensor) -> Tensor:
@@ -105,7 +109,7 @@ class LinearGroup:
         self.linears: list[nn.Module] = []
         self._own_hooks: list[int] = []
         self._is_wide = False
-        self._plain: list[_Tensors] = []
+        self._plain: list[_Plain] = []
         self.derived = None
         self._turn: Turn | None = None
         self._surroundings: tuple | None = None
@@ -160,28 +164,28 @@ class LinearGroup:
                 return False
             if unseen and len(member._forward_hooks) + len(member._forward_pre_hooks) > own_hooks:
                 return False
+        if not self._are_plain(turn):
+            return False
         # One op has outputs that ask for a gradient or has none.
-        return self._are_plain() and (x.requires_grad or not torch.is_grad_enabled() or len(set(map(_asks, self.linears))) == 1)
+        return x.requires_grad or not torch.is_grad_enabled() or len(set(map(_asks, self.linears))) == 1
 
-    def _are_plain(self) -> bool:
+    def _are_plain(self, turn: Turn) -> bool:
         """Whether the members' tensors lie here, whole, beside each other; looked at again where some were exchanged or moved."""
         found = [_tensors_of(linear) for linear in self.linears]
         if torch.compiler.is_compiling():
             return all([_is_plain(tensors, found[0][0]) for tensors in found])
-        if self._plain and all([known.are(tensors) and known.addresses == _addresses(tensors)
-                                for known, tensors in zip(self._plain, found)]):
-            return True
-        self._plain = []
-        if not all([_is_plain(tensors, found[0][0]) for tensors in found]):
-            return False
-        self._plain = [_Tensors.of(tensors) for tensors in found]
-        return True
+        plain = self._plain
+        if not plain or not all([known.are(tensors) for known, tensors in zip(plain, found)]):
+            are_plain = all([_is_plain(tensors, found[0][0]) for tensors in found])
+            plain = self._plain = [_Plain.of(tensors) for tensors in found] if are_plain else []
+        turn.tensors, turn.plain = found, plain
+        return bool(plain)
 
     def hold(self, turn: Turn, index: int, outs: list[Tensor], collecting: bool) -> Tensor:
         """Keep every member's output but one, which is returned, and what they were computed from."""
         turn.outs, turn.circumstances = list(outs), self._circumstances(index, turn.x, collecting)
         if not torch.compiler.is_compiling():
-            turn.tensors, turn.versions = self._plain, [tensors.versions() for tensors in self._plain]
+            turn.versions = [known.versions(tensors) for known, tensors in zip(turn.plain, turn.tensors)]
         turn.outs[index] = None
         return outs[index]
 
@@ -192,8 +196,8 @@ class LinearGroup:
             return None
         if torch.compiler.is_compiling():
             return out
-        tensors = turn.tensors[index]
-        is_same = tensors.are(_tensors_of(self.linears[index])) and tensors.versions() == turn.versions[index]
+        found = _tensors_of(self.linears[index])
+        is_same = all(map(is_, turn.tensors[index], found)) and turn.plain[index].versions(found) == turn.versions[index]
         return out if is_same else None
 
     def _circumstances(self, index: int, x: Tensor, collecting: bool) -> tuple:
@@ -204,6 +208,10 @@ class LinearGroup:
         if torch.compiler.is_compiling():
             return found
         return (*found, torch.is_inference_mode_enabled(), None if x.is_inference() else x._version, id(self.derived))
+
+
+def _nothing() -> None:
+    return None
 
 
 def _surroundings() -> tuple:

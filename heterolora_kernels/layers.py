@@ -261,7 +261,9 @@ class PathSet:
         """``base_out`` and all paths, for an output that something else computed. x: what the linear's own path reads."""
         derived, group = self._current(base_out.device), self.group
         dropout_p, rng = self.dropout_p if module.training else 0.0, None
-        turn = None if group is None or not group.is_running else group.enter(self.paths[0].name, x)
+        turn = None
+        if group is not None and group.is_running:
+            turn = group.enter(group.members.index(self.paths[0].name), x)
         if dropout_p:
             rng = draw_rng(base_out.device) if turn is None else turn.key(x)
         path_source = derived.path_source

@@ -304,6 +304,26 @@ def test_nothing_is_held_after_the_layer(script, mode):
     assert len(seen) >= 4 and all(ref() is None for ref in seen)
 
 
+def _assign(model):
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+
+
+def _exchange(model):
+    for linear in linears_of(model[0]):
+        linear.weight = nn.Parameter(linear.weight.detach().clone())
+
+
+@pytest.mark.parametrize("change", [_assign, _exchange])
+def test_exchanged_weights_are_freed_and_the_new_ones_run_as_one(change, ops):
+    model, x = make_layer(), make_x()
+    before = [out.detach() for out in model(x)]
+    weights = [weakref.ref(linear.weight) for linear in linears_of(model[0])]
+    change(model)
+    gc.collect()
+    assert all(ref() is None for ref in weights)
+    assert all(map(torch.equal, model(x), before)) and ops == [3, 3]
+
+
 def test_an_output_is_let_go_when_it_is_taken():
     model, seen = make_layer(), []
 
