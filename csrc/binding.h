@@ -52,8 +52,7 @@ struct Inputs {
 };
 
 // The outputs of a forward op, with its gradients where something asks for one. x, sources and base_outs may have any leading
-// dimensions, which the outputs have then. probe: float32 leaf [R, columns] whose gradient
-// receives the statistics.
+// dimensions, which the outputs have then. probe: float32 leaf [R, columns] whose gradient receives the statistics.
 std::vector<Tensor> call_with_gradients(const Inputs& in, const std::optional<Tensor>& probe);
 
 // The instruction set whose kernels run.

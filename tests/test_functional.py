@@ -86,6 +86,12 @@ def test_leading_shapes(shape):
         assert_same(gradients([out.reshape(rows, 7)], inputs, grads), gradients(expected, truth, grads, retain_graph=True))
 
 
+def test_no_features_give_the_bias():
+    out = hlk.lora_linear(torch.zeros(2, 3, 0), torch.zeros(7, 0), torch.zeros(4, 0), torch.ones(7, 4), bias=torch.arange(7.0),
+                          backend="reference")
+    assert torch.equal(out, torch.arange(7.0).expand(2, 3, 7))
+
+
 def test_source_may_be_flat_where_x_is_not():
     inputs = make_inputs(SHORTCUTS)
     shaped = replace(inputs, x=inputs.x.reshape(2, 3, 9), sources=[inputs.sources[0], inputs.sources[1].reshape(3, 2, 13)])
@@ -175,6 +181,8 @@ ERRORS = {
     "weight_dtype": ({"weight": GOOD.weights[0].double()}, TypeError, r"weights\[0\] must have the dtype of x"),
     "weight_device": ({"weight": GOOD.weights[0].to("meta")}, ValueError, r"weights\[0\] must be on the device of x"),
     "bias_size": ({"bias": torch.zeros(6)}, ValueError, r"biases\[0\] must be \[7\]"),
+    "x_number": ({"x": torch.tensor(1.0)}, ValueError, r"x must be \[M, K\], got shape \[\]"),
+    "x_number_reference": ({"x": torch.tensor(1.0), "backend": "reference"}, ValueError, r"x must be \[M, K\], got shape \[\]"),
     "x_integer": ({"x": torch.ones(6, 9, dtype=torch.int64)}, TypeError, r"x must be float16"),
     "dropout_large": ({"dropout_p": 1.5}, ValueError, r"dropout_p must be in \[0, 1\], got 1.5"),
     "dropout_negative": ({"dropout_p": -0.5}, ValueError, r"dropout_p must be in \[0, 1\], got -0.5"),

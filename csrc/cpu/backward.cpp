@@ -12,7 +12,7 @@ const char* const stats_columns[num_stats_columns] = {"hidden_sq", "grad_A_sq", 
 
 namespace {
 
-// Partial sums of the gradients; more is avoided by larger blocks.
+// Of the sums of all blocks, as many as there are with a thread for each; more is avoided by larger blocks.
 constexpr int64_t most_partial_bytes = 128 << 20;
 
 class Backward {
@@ -45,9 +45,8 @@ public:
             sums_floats_ += shadow_A() ? lanes_.source_width[key] * g_.sources[key].columns : 0;
         }
         for (size_t i = 0; i < g_.outputs.size(); ++i) {
-            const bool wanted = shadow_B() && g_.outputs[i].grad_out.data != nullptr;
             first_B_.push_back(sums_floats_);
-            sums_floats_ += wanted ? lanes_.output_width[i] * g_.outputs[i].columns : 0;
+            sums_floats_ += shadow_B() ? lanes_.output_width[i] * g_.outputs[i].columns : 0;
             width += lanes_.output_width[i];
         }
         first_sums_ = sums_floats_;
@@ -132,7 +131,7 @@ public:
     }
 
     // What the outer products multiply with, the sums of q h and h^2, and the pieces of the base's gradient.
-    void finish(Scratch& scratch, Slots) {
+    void finish(Scratch& scratch) {
         const int64_t rows = scratch.strips.rows;
         sum_pieces(scratch);
         if (shadow_A()) {
@@ -158,7 +157,7 @@ public:
         for (size_t i = 0; i < g_.outputs.size(); ++i) {
             const Output& output = g_.outputs[i];
             const int64_t lanes = lanes_.output_width[i];
-            if (!shadow_B() || lanes == 0 || output.grad_out.data == nullptr) continue;
+            if (!shadow_B() || lanes == 0) continue;
             const Range range = share((output.columns + width - 1) / width, part, parts);
             outer(scratch.h_coef[i], lanes, output.grad_out.at(scratch.first, 0), Keep{}, scratch.strips.rows, output.columns,
                   range, scratch.part + first_B_[i]);
@@ -408,17 +407,12 @@ private:
         }
     }
 
-    // Sums over all blocks; nullptr where nobody asked for the path's output.
-    const float* sums_of(const Path& path, int64_t first) const {
-        return g_.outputs[path.output].grad_out.data != nullptr ? sums_->all() + first : nullptr;
-    }
-
     // The squares of products go to where those of lora_B are added.
     void merge_row(size_t p, int64_t j) {
         const Path& path = g_.paths[p];
         const int64_t in = g_.sources[path.source].columns;
         Merge m;
-        m.sums = sums_of(path, first_A_[path.source] + (lanes_.of_source[p] + j) * in);
+        m.sums = sums_->all() + first_A_[path.source] + (lanes_.of_source[p] + j) * in;
         m.size = in;
         m.scale = path.scaling * g_.dropout_scale;
         m.gate = path.gate[j];
@@ -437,7 +431,7 @@ private:
         const Path& path = g_.paths[p];
         const int64_t out = g_.outputs[path.output].columns;
         MergeColumns m;
-        m.sums = sums_of(path, first_B_[path.output] + (lanes_.of_output[p] + first) * out);
+        m.sums = sums_->all() + first_B_[path.output] + (lanes_.of_output[p] + first) * out;
         m.size = out;
         m.count = static_cast<int>(count);
         m.scale = path.scaling;

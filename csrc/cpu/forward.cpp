@@ -17,7 +17,7 @@ public:
     void run() {
         weights_ = weight_panels(g_, true, shared_, parallel_);
         pack_paths();
-        if (few() && g_.has_weights() && g_.rows > rows_worth_lanes) pack_few();
+        if (few() && g_.has_weights() && g_.rows > rows_worth_lanes && g_.dtype == e_.dtype()) pack_few();
         run_blocks(*this, e_, blocks_, shared_, parallel_);
         call_arena().trim();
     }
@@ -85,7 +85,7 @@ public:
         }
     }
 
-    void finish(Scratch&, Slots) {}
+    void finish(Scratch&) {}
 
     void columns(Scratch& scratch, int64_t part, int64_t parts, Slots slots) {
         const int width = e_.panel();
@@ -149,7 +149,7 @@ private:
         return {scratch.x + from * depth_units_};
     }
 
-    // The rows of x as lanes of vectors: one read of a unit of the weight then serves all of them.
+    // The rows of x as lanes of vectors: one read of a unit of the weight, which lies in units, then serves all of them.
     void pack_few() {
         const int64_t lanes = round_up(g_.rows, e_.lanes);
         uint32_t* panel = shared_.zeroed(lanes * depth_units_);

@@ -75,7 +75,7 @@ void dot_of(const Dot& d, int64_t row, int64_t column) {
         }
     }
     alignas(64) float sums[ROWS * 4];
-    if constexpr (ROWS == 4 && HasPartialVectors<I>::value) {
+    if constexpr (ROWS == 4) {
         I::store(sums, I::sums(acc));
     } else {
 #pragma GCC unroll 4

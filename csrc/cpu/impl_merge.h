@@ -25,13 +25,6 @@ void add(float* to, const float* from, int64_t count) {
     for (int64_t i = 0; i < count; i += I::W) I::store(to + i, I::add(I::load(to + i), I::load(from + i)));
 }
 
-// `count` sums; zeros where there are none.
-template <class I>
-inline typename I::F some_sums(const float* sums, int64_t count) {
-    if (sums == nullptr) return I::zero();
-    return count >= I::W ? I::load(sums) : load_some<I>(sums, DType::f32, 0, count);
-}
-
 // Sums over elements go in vectors of W, so the result depends on the sizes alone.
 template <class I>
 void merge(Merge& m) {
@@ -42,11 +35,8 @@ void merge(Merge& m) {
     const F scale = I::set1(m.scale), gate = I::set1(m.gate);
     for (int64_t i = 0; i < m.size; i += W) {
         const int64_t count = m.size - i;
-        const F sum = I::mul(some_sums<I>(m.sums == nullptr ? nullptr : m.sums + i, count), scale);
-        if (m.statistics) {
-            sums.add(count >= W ? load_floats<I>(m.parameter.data, m.parameter.dtype, i)
-                                : load_some<I>(m.parameter.data, m.parameter.dtype, i, count), sum);
-        }
+        const F sum = I::mul(load_up_to<I>({m.sums, DType::f32, 0}, 0, i, count), scale);
+        if (m.statistics) sums.add(load_up_to<I>(m.parameter, 0, i, count), sum);
         if (m.grad == nullptr) continue;
         const F value = m.gate == 0.0f ? I::zero() : I::mul(sum, gate);
         if (count >= W) {
@@ -87,7 +77,7 @@ void merge_columns(const MergeColumns& m) {
             I::transpose(parameter);
         }
         for (int j = 0; j < m.count; ++j) {
-            const F sum = I::mul(some_sums<I>(m.sums == nullptr ? nullptr : m.sums + j * m.size + i, rows), scale);
+            const F sum = I::mul(load_up_to<I>({m.sums, DType::f32, m.size}, j, i, rows), scale);
             if (m.statistics) sums[j].add(I::as_floats(parameter[j]), sum);
             grads[j] = m.gate[j] == 0.0f ? I::zero_units() : I::as_units(I::mul(sum, I::set1(m.gate[j])));
         }

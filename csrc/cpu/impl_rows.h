@@ -7,12 +7,6 @@ namespace hlk {
 namespace {
 
 template <class I>
-inline typename I::F load_up_to(Matrix from, int64_t row, int64_t column, int64_t count) {
-    const int64_t first = row * from.ld + column;
-    return count >= I::W ? load_floats<I>(from.data, from.dtype, first) : load_some<I>(from.data, from.dtype, first, count);
-}
-
-template <class I>
 void convert(const Convert& c) {
     using F = typename I::F;
     constexpr int W = I::W;

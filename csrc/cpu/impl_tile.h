@@ -10,23 +10,16 @@ namespace {
 template <class I>
 inline typename I::F bias_of(const Tile& t, int64_t column) {
     if (t.bias.data == nullptr) return I::zero();
-    const int64_t count = t.columns - column;
-    return count >= I::W ? load_floats<I>(t.bias.data, t.bias.dtype, column)
-                         : load_some<I>(t.bias.data, t.bias.dtype, column, count);
+    return load_up_to<I>(t.bias, 0, column, t.columns - column);
 }
 
 // Adds bias and base to a vector of sums, converts and stores it.
 template <class I>
 inline void finish_vector(const Tile& t, int64_t row, int64_t column, typename I::F sum, typename I::F bias) {
     const int64_t count = t.columns - column;
-    const bool whole = count >= I::W;
     typename I::F value = I::add(sum, bias);
-    if (t.base.data != nullptr) {
-        const int64_t first = row * t.base.ld + column;
-        value = I::add(value, whole ? load_floats<I>(t.base.data, t.base.dtype, first)
-                                    : load_some<I>(t.base.data, t.base.dtype, first, count));
-    }
-    if (whole) {
+    if (t.base.data != nullptr) value = I::add(value, load_up_to<I>(t.base, row, column, count));
+    if (count >= I::W) {
         store_floats<I>(t.out, t.out_dtype, row * t.out_ld + column, value);
     } else {
         store_some<I>(t.out, t.out_dtype, row * t.out_ld + column, count, value);

@@ -56,6 +56,13 @@ inline typename I::F load_some(const void* data, DType dtype, int64_t index, int
     return load_floats<I>(buffer, dtype, 0);
 }
 
+// A vector of a matrix of which `count` values are there, W or fewer.
+template <class I>
+inline typename I::F load_up_to(Matrix from, int64_t row, int64_t column, int64_t count) {
+    const int64_t first = row * from.ld + column;
+    return count >= I::W ? load_floats<I>(from.data, from.dtype, first) : load_some<I>(from.data, from.dtype, first, count);
+}
+
 template <class I>
 inline void store_some(void* data, DType dtype, int64_t index, int64_t count, typename I::F value) {
     if constexpr (HasPartialVectors<I>::value) {
@@ -94,9 +101,7 @@ struct FloatUnit {
 
     // W units along a row, from element `index` on; `count` elements are there.
     static U along(Matrix source, int64_t row, int64_t index, int64_t count, Keep keep) {
-        const int64_t first = row * source.ld + index;
-        F value = count >= I::W ? load_floats<I>(source.data, source.dtype, first)
-                                : load_some<I>(source.data, source.dtype, first, count);
+        F value = load_up_to<I>(source, row, index, count);
         if (keep.bits != nullptr) {
             value = I::keep(value, bits_at(keep.bits + row * keep.ld, index, count < I::W ? count : I::W));
         }
@@ -132,11 +137,8 @@ struct PairUnit {
                 value = load_some_halves(static_cast<const uint16_t*>(source.data) + first, count);
             }
         } else {
-            F low = count >= I::W ? load_floats<I>(source.data, source.dtype, first)
-                                  : load_some<I>(source.data, source.dtype, first, count);
-            const int64_t rest = count - I::W;
-            F high = rest <= 0 ? I::zero() : rest >= I::W ? load_floats<I>(source.data, source.dtype, first + I::W)
-                                                         : load_some<I>(source.data, source.dtype, first + I::W, rest);
+            const F low = load_up_to<I>(source, row, index, count);
+            const F high = count <= I::W ? I::zero() : load_up_to<I>(source, row, index + I::W, count - I::W);
             value = I::pairs_along(low, high);
         }
         if (keep.bits != nullptr) {

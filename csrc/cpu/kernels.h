@@ -128,7 +128,7 @@ struct Moments {
 
 // One row of a gradient from its sums, with its statistics.
 struct Merge {
-    const float* sums = nullptr;       // [size]; nullptr: zeros
+    const float* sums = nullptr;       // [size]
     int64_t size = 0;
     float scale = 1.0f, gate = 1.0f;
     Matrix parameter;                  // one row
@@ -140,7 +140,7 @@ struct Merge {
 // Columns of a gradient [size, count] from sums that lie the other way round, with their statistics; as many as a vector has lanes at
 // most.
 struct MergeColumns {
-    const float* sums = nullptr;       // [count][size]; nullptr: zeros
+    const float* sums = nullptr;       // [count][size]
     int64_t size = 0;
     int count = 0;
     float scale = 1.0f;

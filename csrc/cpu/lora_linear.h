@@ -47,7 +47,7 @@ struct Source {
 
 struct Path {
     int output = 0, source = 0;    // index into sources
-    int64_t rank = 0, rows = 0;    // rows that are computed
+    int64_t rank = 0, rows = 0;    // rows that are computed: none in a backward whose output has no grad_out
     Matrix lora_A, lora_B;         // [rank, columns of the source], [N, rank]
     float scaling = 0;
     const float* gate = nullptr;   // [rank]

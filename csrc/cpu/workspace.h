@@ -180,8 +180,8 @@ inline int64_t work_of(const Group& g) {
 // Runs the blocks of a call. With at least as many blocks as threads, a thread takes a block through all stages while it is
 // in its cache; with fewer, the stages are shared out by strip and by column instead. The numbers are the same.
 //
-// Work has: Scratch make(Slots&, block), strip(Scratch&, s, Slots), finish(Scratch&, Slots),
-// columns(Scratch&, part, parts, Slots), done(block).
+// Work has: Scratch make(Slots&, block), strip(Scratch&, s, Slots), finish(Scratch&), columns(Scratch&, part, parts, Slots),
+// done(block).
 template <class Work>
 void run_blocks(Work& work, const Engine& engine, const Blocks& blocks, Slots& shared, const Parallel& parallel) {
     if (blocks.count >= parallel.threads) {
@@ -190,7 +190,7 @@ void run_blocks(Work& work, const Engine& engine, const Blocks& blocks, Slots& s
             Slots slots(worker_arena());
             auto scratch = work.make(slots, block);
             for (int64_t s = 0; s < Strips(engine, blocks.size(block), engine.max_rows).count; ++s) work.strip(scratch, s, slots);
-            work.finish(scratch, slots);
+            work.finish(scratch);
             work.columns(scratch, 0, 1, slots);
             work.done(block);
             worker_arena().trim();
@@ -211,7 +211,7 @@ void run_blocks(Work& work, const Engine& engine, const Blocks& blocks, Slots& s
         work.strip(scratches[strips[i].first], strips[i].second, slots);
         worker_arena().trim();
     });
-    for (auto& scratch : scratches) work.finish(scratch, shared);
+    for (auto& scratch : scratches) work.finish(scratch);
     // Of few rows, whose weight is read row by row, the longest pieces.
     const int64_t parts = few ? parallel.threads : 4 * parallel.threads;
     parallel.run(blocks.count * parts, [&](int64_t i) {

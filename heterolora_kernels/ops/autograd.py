@@ -184,7 +184,7 @@ def _call(op: str, backend: str, x: Tensor, bases: Sequence[Tensor], packs: Sequ
 
 def _flat(tensor: Tensor) -> Tensor:
     """[..., K] as [M, K], which the ops take."""
-    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+    return tensor if tensor.dim() in (0, 2) else tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 
 def _shaped(out: Tensor, like: Tensor) -> Tensor:
