@@ -6,6 +6,7 @@ reads the weight itself where it does not. Here packs are made, counted against 
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 
 import torch
@@ -62,7 +63,7 @@ class Packs:
 
     budget: PackBudget
     tensors: list[Tensor] = field(default_factory=list, repr=False)
-    _made_for: tuple[str, Tensor, int, bool] | None = field(default=None, repr=False)
+    _made_for: tuple[str, weakref.ref[Tensor], int, bool] | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict:
         return {"budget": self.budget, "tensors": [], "_made_for": None}
@@ -84,7 +85,7 @@ class Packs:
         # The base of a transposed view is what keeps its identity from call to call.
         owner = weight if weight._base is None else weight._base
         # Of all that makes a weight packable only whether it is trained can change.
-        if (made is not None and made[1] is owner and made[0] == backend and made[2] == version and made[3] >= needs_grad
+        if (made is not None and made[1]() is owner and made[0] == backend and made[2] == version and made[3] >= needs_grad
                 and not weight.requires_grad):
             return self.tensors
         if not _packable(weight):
@@ -103,7 +104,7 @@ class Packs:
         if size and self.budget.take(size, weight.device):
             with torch.inference_mode(False), torch.no_grad():
                 self.tensors = pack(weight.detach(), needs_grad)
-        self._made_for = (backend, owner, version, needs_grad)
+        self._made_for = (backend, weakref.ref(owner), version, needs_grad)
         return self.tensors
 
     def drop(self) -> None:

@@ -315,7 +315,7 @@ def _exchange(model):
 
 @pytest.mark.parametrize("change", [_assign, _exchange])
 def test_exchanged_weights_are_freed_and_the_new_ones_run_as_one(change, ops):
-    model, x = make_layer(), make_x()
+    model, x = make_layer(torch.float32), make_x(rows=20, dtype=torch.float32)   # enough for packs
     before = [out.detach() for out in model(x)]
     weights = [weakref.ref(linear.weight) for linear in linears_of(model[0])]
     change(model)
