@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import json
 import pickle
 import warnings
 from contextlib import contextmanager
@@ -285,7 +286,10 @@ def test_copies_pickles_and_files_are_those_of_peft(tmp_path):
     fused.save_pretrained(tmp_path / "fused")
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "fused"))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-    assert (tmp_path / "plain/adapter_config.json").read_text() == (tmp_path / "fused/adapter_config.json").read_text()
+    # The targets are a set, whose copy may be written in another order.
+    one, other = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("plain", "fused"))
+    assert one.keys() == other.keys()
+    assert all(value == other[key] or sorted(value) == sorted(other[key]) for key, value in one.items())
     loaded = hlk.accelerate_peft(PeftModel.from_pretrained(make_model("llama", torch.float64), tmp_path / "fused"))
     assert torch.equal(loaded(**inputs).logits, fused(**inputs).logits)
 

@@ -76,6 +76,34 @@ struct Avx512 {
         return add(_mm512_shuffle_ps(t[0], t[1], 0x88), _mm512_shuffle_ps(t[0], t[1], 0xDD));
     }
     static F keep(F a, uint64_t bits) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), a); }
+    // Philox4x32-10 for the counters first ... first + 7: bit 8 i + j tells whether draw j of counter i, 16 bits of it, is at least the
+    // threshold. Of each 64-bit lane a product takes the low half alone, so what stands above it need not be cleared.
+    static uint64_t draws_at_least(uint64_t key, uint32_t first, uint32_t row, uint32_t source, uint32_t threshold) {
+        // In this order unpacking leaves the counters in theirs.
+        U c0 = _mm512_add_epi64(_mm512_set1_epi64(first), _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0));
+        U c1 = _mm512_set1_epi64(row), c2 = _mm512_set1_epi64(source), c3 = _mm512_setzero_si512();
+        const U m0 = _mm512_set1_epi64(0xD2511F53), m1 = _mm512_set1_epi64(0xCD9E8D57);
+        uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+#pragma GCC unroll 10
+        for (int round = 0; round < 10; ++round) {
+            const U p0 = _mm512_mul_epu32(c0, m0), p1 = _mm512_mul_epu32(c2, m1);
+            constexpr int xor_of_three = 0x96;
+            c0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), c1, _mm512_set1_epi64(k0), xor_of_three);
+            c2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p0, 32), c3, _mm512_set1_epi64(k1), xor_of_three);
+            c1 = p1;
+            c3 = p0;
+            k0 += 0x9E3779B9u;
+            k1 += 0xBB67AE85u;
+        }
+        constexpr __mmask16 odd = 0xAAAA;
+        const U c01 = _mm512_mask_blend_epi32(odd, c0, _mm512_slli_epi64(c1, 32)), c23 = _mm512_mask_blend_epi32(odd, c2, _mm512_slli_epi64(c3, 32));
+        // 0x10000 keeps nothing, and has no 16 bits.
+        if (threshold > 0xFFFF) return 0;
+        const U least = _mm512_set1_epi16(static_cast<int16_t>(threshold));
+        const uint64_t low = _mm512_cmpge_epu16_mask(_mm512_unpacklo_epi64(c01, c23), least);
+        const uint64_t high = _mm512_cmpge_epu16_mask(_mm512_unpackhi_epi64(c01, c23), least);
+        return low | high << 32;
+    }
     static F as_floats(U u) { return _mm512_castsi512_ps(u); }
     static U as_units(F f) { return _mm512_castps_si512(f); }
     static U zero_units() { return _mm512_setzero_si512(); }

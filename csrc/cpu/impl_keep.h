@@ -1,16 +1,27 @@
 // Dropout's draws. Part of kernels_impl.h.
 #pragma once
 
-#include "kernels.h"
+#include "impl_vectors.h"
 
 namespace hlk {
 namespace {
+
+template <class I, class = void> struct HasDraws : std::false_type {};
+template <class I> struct HasDraws<I, std::void_t<decltype(&I::draws_at_least)>> : std::true_type {};
 
 // Philox4x32-10 for counters (column / 8, row, source, 0); see ops/rng.py for the rule and its source.
 template <class I>
 void keep_bits(uint64_t key, uint32_t row, uint32_t source, int64_t columns, uint32_t threshold, uint8_t* out) {
     constexpr int N = 16;
     const int64_t bytes = (columns + 7) / 8;
+    if constexpr (HasDraws<I>::value) {
+        for (int64_t first = 0; first < bytes; first += 8) {
+            const uint64_t bits = I::draws_at_least(key, static_cast<uint32_t>(first), row, source, threshold);
+            __builtin_memcpy(out + first, &bits, bytes - first < 8 ? bytes - first : 8);
+        }
+        if (columns % 8 != 0) out[bytes - 1] &= static_cast<uint8_t>((1 << (columns % 8)) - 1);
+        return;
+    }
     for (int64_t first = 0; first < bytes; first += N) {
         uint32_t c0[N], c1[N], c2[N], c3[N];
         for (int i = 0; i < N; ++i) {
