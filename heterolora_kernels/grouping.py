@@ -9,7 +9,7 @@ a recompute knows neither the key nor the outputs that another call left.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import is_
 
@@ -54,7 +54,10 @@ class _Plain:
 
     def are(self, found: tuple[Tensor | None, ...]) -> bool:
         """Whether they are the same objects, where they were."""
-        return all([tensor() is t for tensor, t in zip(self.tensors, found)]) and self.addresses == _addresses(found)
+        for tensor, t in zip(self.tensors, found):
+            if tensor() is not t:
+                return False
+        return self.addresses == _addresses(found)
 
     def versions(self, found: tuple[Tensor | None, ...]) -> list[int]:
         return [found[i]._version for i in self.counted]
@@ -68,19 +71,19 @@ class Turn:
         x: the tensor.
         called: the members that had their turn, as indices.
         rng: int64 [1], the key of the mask; None before somebody asked.
+        tensors, plain: those of every member, once they were found plain.
         outs: every member's output until it is taken, if the first member computed them; else None.
-        tensors, plain: those of every member.
         circumstances, versions: what they were computed from, beside x and the tensors.
     """
 
     x: Tensor
     called: set[int] = field(default_factory=set)
     rng: Tensor | None = None
+    tensors: Sequence[tuple[Tensor | None, ...]] = ()
+    plain: Sequence[_Plain] = ()
     outs: list[Tensor | None] | None = None
-    tensors: list[tuple[Tensor | None, ...]] = field(default_factory=list)
-    plain: list[_Plain] = field(default_factory=list)
     circumstances: tuple = ()
-    versions: list[list[int]] = field(default_factory=list)
+    versions: Sequence[list[int]] = ()
 
     def key(self, x: Tensor) -> Tensor:
         """The key of the mask of x: that of the turn, or one of its own for another tensor."""
