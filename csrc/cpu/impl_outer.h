@@ -50,10 +50,7 @@ void outer_of(const Outer& o, float* out, int64_t out_ld) {
     constexpr int W = I::W;
     typename I::F acc[COUNT][2];
 #pragma GCC unroll 16
-    for (int j = 0; j < COUNT; ++j) {
-        acc[j][0] = o.accumulate ? I::load(out + j * out_ld) : I::zero();
-        acc[j][1] = o.accumulate ? I::load(out + j * out_ld + W) : I::zero();
-    }
+    for (int j = 0; j < COUNT; ++j) acc[j][0] = acc[j][1] = I::zero();
     const uint32_t* coef = o.coef;
     // Rows lie far apart, so that the hardware does not see what comes next: the same rows of the next columns.
     const char* ahead = static_cast<const char*>(o.u.data) + 2 * W * size_of(D);
@@ -67,10 +64,11 @@ void outer_of(const Outer& o, float* out, int64_t out_ld) {
         outer_step<I, Unit, D, KEEP, true>(o, row, coef, acc);
     }
     if (row < o.rows) outer_step<I, Unit, D, KEEP, false>(o, row, coef, acc);
+    // What stands in out is added at the end: a chain that began with it would be as long as all calls together.
 #pragma GCC unroll 16
-    for (int j = 0; j < COUNT; ++j) {
-        I::store(out + j * out_ld, acc[j][0]);
-        I::store(out + j * out_ld + W, acc[j][1]);
+    for (int j = 0; j < COUNT; ++j, out += out_ld) {
+        I::store(out, o.accumulate ? I::add(I::load(out), acc[j][0]) : acc[j][0]);
+        I::store(out + W, o.accumulate ? I::add(I::load(out + W), acc[j][1]) : acc[j][1]);
     }
 }
 
