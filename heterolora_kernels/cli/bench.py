@@ -127,7 +127,8 @@ def _processes(args: argparse.Namespace) -> list[str | None]:
         return [None]
     isas = _available_isas()
     best = torch.ops.heterolora_kernels.cpu_isa() if isas else None
-    return [None, *(isa for isa in reversed(isas) if isa != best)]
+    # What computes one instruction set by another is there for tests.
+    return [None, *(isa for isa in reversed(isas) if isa != best and not isa.endswith("_emulated"))]
 
 
 def _measure(args: argparse.Namespace, isa: str | None) -> tuple[int, dict | None, list[str]]:
