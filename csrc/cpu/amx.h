@@ -278,14 +278,9 @@ void amx_outer(const Outer& o) {
                 for (int j = 0; j < count; ++j) {
                     float* to = o.out + (first + j) * o.out_ld + column;
                     for (int64_t c = 0; c < width; c += I::W) {
-                        const int64_t some = width - c < I::W ? width - c : I::W;
                         auto value = I::load(sums + j * amx_panel + c);
-                        if (row > 0) value = I::add(value, load_some<I>(to, DType::f32, c, some));
-                        if (some == I::W) {
-                            I::store(to + c, value);
-                        } else {
-                            store_some<I>(to, DType::f32, c, some, value);
-                        }
+                        if (row > 0) value = I::add(value, load_up_to<I>({to, DType::f32, 0}, 0, c, width - c));
+                        store_up_to<I>(to, DType::f32, c, width - c, value);
                     }
                 }
             }

@@ -79,6 +79,8 @@ struct Avx512 {
     // Philox4x32-10 for the counters first ... first + 7: bit 8 i + j tells whether draw j of counter i, 16 bits of it, is at least the
     // threshold. Of each 64-bit lane a product takes the low half alone, so what stands above it need not be cleared.
     static uint64_t draws_at_least(uint64_t key, uint32_t first, uint32_t row, uint32_t source, uint32_t threshold) {
+        // 0x10000 keeps nothing, and has no 16 bits.
+        if (threshold > 0xFFFF) return 0;
         // In this order unpacking leaves the counters in theirs.
         U c0 = _mm512_add_epi64(_mm512_set1_epi64(first), _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0));
         U c1 = _mm512_set1_epi64(row), c2 = _mm512_set1_epi64(source), c3 = _mm512_setzero_si512();
@@ -97,8 +99,6 @@ struct Avx512 {
         }
         constexpr __mmask16 odd = 0xAAAA;
         const U c01 = _mm512_mask_blend_epi32(odd, c0, _mm512_slli_epi64(c1, 32)), c23 = _mm512_mask_blend_epi32(odd, c2, _mm512_slli_epi64(c3, 32));
-        // 0x10000 keeps nothing, and has no 16 bits.
-        if (threshold > 0xFFFF) return 0;
         const U least = _mm512_set1_epi16(static_cast<int16_t>(threshold));
         const uint64_t low = _mm512_cmpge_epu16_mask(_mm512_unpacklo_epi64(c01, c23), least);
         const uint64_t high = _mm512_cmpge_epu16_mask(_mm512_unpackhi_epi64(c01, c23), least);

@@ -238,13 +238,17 @@ private:
             if (lane_units > 0) {
                 segments[tile.num_segments++] = {{}, lora_A_[key] + column * lane_units, width, lane_units};
             }
+            bool fetches_x = false;
             for (size_t i = 0; key == 0 && !few && i < g_.outputs.size(); ++i) {
                 if (!contributes(i)) continue;
                 Segment& segment = segments[tile.num_segments++];
                 segment = {{}, weights_[i] + column * units_[i], width, units_[i]};
                 segment.fetch_next_panel(scratch.tiles.count);
-                // What comes after the tiles: the block's rows of x, then the next block's of grad_out.
-                if (panel + 2 == range.end) blocks_.fetch(segment, scratch.tiles.count, source.values, source.columns, scratch.block);
+                // What comes after the tiles: the block's rows of x, by the first of the weights, then the next block's of grad_out.
+                if (panel + 2 == range.end && !fetches_x) {
+                    fetches_x = true;
+                    blocks_.fetch(segment, scratch.tiles.count, source.values, source.columns, scratch.block);
+                }
                 if (panel + 1 == range.end) {
                     const Output& output = g_.outputs[i];
                     blocks_.fetch(segment, scratch.tiles.count, output.grad_out, output.columns, scratch.block + parallel_.threads);
@@ -338,8 +342,8 @@ private:
             const int64_t units = e_.units(output.columns);
             if (output.weight.transposed) {
                 if (more == nullptr) more = slots.take<float>(g_.rows * columns);
-                few_along_rows(e_, output.grad_out.at(scratch.first, 0), nullptr, g_.rows, output.weight.values.at(begin, 0), columns,
-                               output.columns, more, columns);
+                e_.dot({g_.rows, columns, output.columns, output.grad_out.at(scratch.first, 0), output.weight.values.at(begin, 0), Keep{},
+                        nullptr, more, columns});
                 for (int64_t r = 0; r < g_.rows; ++r) {
                     for (int64_t c = 0; c < columns; ++c) base[r * ld + c] += more[r * columns + c];
                 }

@@ -16,6 +16,9 @@ public:
 
     void run() {
         weights_ = weight_panels(g_, true, shared_, parallel_);
+        for (const Path& path : g_.paths) {
+            if (g_.dropout) dropout_scales_.resize(std::max<size_t>(dropout_scales_.size(), path.rows), g_.dropout_scale);
+        }
         pack_paths();
         if (few() && g_.has_weights() && g_.rows > rows_worth_lanes && g_.dtype == e_.dtype()) pack_few();
         run_blocks(*this, e_, blocks_, shared_, parallel_);
@@ -162,7 +165,7 @@ private:
         const int width = e_.panel();
         const Weight& weight = output.weight;
         if (!weight.transposed) {
-            few_along_rows(e_, g_.sources[0].values, few_x_, g_.rows, weight.values.at(column, 0), here, depth_, base, width);
+            e_.dot({g_.rows, here, depth_, g_.sources[0].values, weight.values.at(column, 0), Keep{}, few_x_, base, width});
             return;
         }
         for (int64_t s = 0; s < scratch.strips.count; ++s) {
@@ -222,8 +225,7 @@ private:
         const Matrix from{h, DType::f32, width};
         e_.convert({rows, path.rows, from, factors_[path.output].data() + lane, staged + lane, DType::f32, lanes_.output_width[path.output]});
         if (g_.hidden == nullptr) return;
-        const std::vector<float> scale(g_.dropout ? path.rows : 0, g_.dropout_scale);
-        e_.convert({rows, path.rows, from, g_.dropout ? scale.data() : nullptr,
+        e_.convert({rows, path.rows, from, g_.dropout ? dropout_scales_.data() : nullptr,
                     static_cast<char*>(g_.hidden) + (row * g_.hidden_ld + path.hidden_column) * size_of(g_.dtype), g_.dtype, g_.hidden_ld});
     }
 
@@ -236,6 +238,7 @@ private:
     const uint32_t* few_x_ = nullptr; // [units(K)][rows in whole vectors]
     std::vector<const uint32_t*> weights_;
     std::vector<std::vector<float>> factors_;   // per output: what its low-rank rows are multiplied by
+    std::vector<float> dropout_scales_;   // one per row of the longest path
     int64_t depth_, depth_units_;     // of the base's contraction
     bool x_in_place_;
     std::vector<Matrix> rows_A_;      // per path: lora_A, in a dtype that can be multiplied with the source's

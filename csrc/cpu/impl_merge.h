@@ -39,11 +39,7 @@ void merge(Merge& m) {
         if (m.statistics) sums.add(load_up_to<I>(m.parameter, 0, i, count), sum);
         if (m.grad == nullptr) continue;
         const F value = m.gate == 0.0f ? I::zero() : I::mul(sum, gate);
-        if (count >= W) {
-            store_floats<I>(m.grad, m.parameter.dtype, i, value);
-        } else {
-            store_some<I>(m.grad, m.parameter.dtype, i, count, value);
-        }
+        store_up_to<I>(m.grad, m.parameter.dtype, i, count, value);
     }
     if (!m.statistics) return;
     m.squares = I::sum(sums.squares);

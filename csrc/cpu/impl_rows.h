@@ -21,11 +21,7 @@ void convert(const Convert& c) {
         for (int64_t row = 0; row < c.rows; ++row) {
             F value = load_up_to<I>(c.from, row, column, count);
             if (c.factor != nullptr) value = I::keep(I::mul(value, factor), kept);
-            if (count == W) {
-                store_floats<I>(c.out, c.out_dtype, row * c.out_ld + column, value);
-            } else {
-                store_some<I>(c.out, c.out_dtype, row * c.out_ld + column, count, value);
-            }
+            store_up_to<I>(c.out, c.out_dtype, row * c.out_ld + column, count, value);
         }
     }
 }

@@ -19,11 +19,7 @@ inline void finish_vector(const Tile& t, int64_t row, int64_t column, typename I
     const int64_t count = t.columns - column;
     typename I::F value = I::add(sum, bias);
     if (t.base.data != nullptr) value = I::add(value, load_up_to<I>(t.base, row, column, count));
-    if (count >= I::W) {
-        store_floats<I>(t.out, t.out_dtype, row * t.out_ld + column, value);
-    } else {
-        store_some<I>(t.out, t.out_dtype, row * t.out_ld + column, count, value);
-    }
+    store_up_to<I>(t.out, t.out_dtype, row * t.out_ld + column, count, value);
 }
 
 // A whole tile without a base: no branch between its vectors, which would cost as much as an eighth of a product of depth 64.

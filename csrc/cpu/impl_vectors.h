@@ -79,6 +79,12 @@ inline void store_some(void* data, DType dtype, int64_t index, int64_t count, ty
     __builtin_memcpy(static_cast<char*>(data) + index * size, buffer, count * size);
 }
 
+// The first `count` values of a vector, or all W where there are more.
+template <class I>
+inline void store_up_to(void* data, DType dtype, int64_t index, int64_t count, typename I::F value) {
+    count >= I::W ? store_floats<I>(data, dtype, index, value) : store_some<I>(data, dtype, index, count, value);
+}
+
 inline uint64_t bits_at(const uint8_t* bits, int64_t column, int64_t count) {
     uint64_t value = 0;
     __builtin_memcpy(&value, bits + column / 8, (count + 7) / 8);

@@ -84,11 +84,6 @@ void pack_path(const Engine& engine, const Path& path, Matrix parameter, bool al
     }
 }
 
-void few_along_rows(const Engine& engine, Matrix x, const uint32_t* x_panel, int64_t rows, Matrix w, int64_t columns, int64_t depth,
-                    float* out, int64_t out_ld) {
-    engine.dot({rows, columns, depth, x, w, Keep{}, x_panel, out, out_ld});
-}
-
 void few_along_columns(const Engine& engine, const uint32_t* strip, int64_t rows, Matrix w, int64_t columns, int64_t depth,
                        float* out, int64_t out_ld, bool accumulate) {
     Outer outer;

@@ -14,9 +14,6 @@ void pack_path(const Engine& engine, const Path& path, Matrix parameter, bool al
                int64_t lanes, uint32_t* panels);
 
 // The base product for few rows, from the weight as it lies, in float32.
-// out[row][c] = sum_k x[row][k] w[c][k]; x_panel: as in Dot
-void few_along_rows(const Engine& engine, Matrix x, const uint32_t* x_panel, int64_t rows, Matrix w, int64_t columns, int64_t depth,
-                    float* out, int64_t out_ld);
 // out[row][c] = sum_k strip[k][row] w[k][c]; the engine's strips are coefficients.
 void few_along_columns(const Engine& engine, const uint32_t* strip, int64_t rows, Matrix w, int64_t columns, int64_t depth,
                        float* out, int64_t out_ld, bool accumulate = false);
