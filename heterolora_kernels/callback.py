@@ -156,7 +156,8 @@ class HeteroLoraCallback(TrainerCallback, ExportableState):
         try:
             patched, state = unwrap(model), state_of(model)
         except ValueError as error:
-            raise ValueError("model is not patched: call apply_heterolora(model, config) before building the Trainer") from error
+            raise ValueError(f"{error}; do so before building the Trainer") from error
+        state.check_structure(alone=True)
         if args.n_gpu > 1:
             raise ValueError(f"the Trainer would use nn.DataParallel on {args.n_gpu} GPUs, which shares what a forward captures "
                              "among threads: launch with torchrun or accelerate, or show it one GPU (CUDA_VISIBLE_DEVICES=0)")

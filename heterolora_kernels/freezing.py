@@ -203,6 +203,7 @@ class StepHooks:
         paths = _paths_of(optimizer, state)
         if not paths:
             return
+        state.check_structure()
         rows = {path.name: path.active_rows() for path in paths}
         closed = [path for path in paths if not all(rows[path.name])]
         if closed and _closure_of(args, kwargs) is not None:

@@ -66,6 +66,7 @@ def check_mergeable(model: nn.Module, drop_shortcuts: bool = False) -> list[Path
     """
     model = unwrap(model)
     state = state_of(model)
+    state.check_structure()
     active = [path.name for path in state.paths.values() if path.site is not None and any(path.active_rows())]
     if active and not drop_shortcuts:
         raise ValueError(f"{len(active)} active shortcuts cannot be merged into weights ({active[0]}, ...); save the adapter, "

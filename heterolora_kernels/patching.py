@@ -49,6 +49,7 @@ from heterolora_kernels.planning import (
 )
 from heterolora_kernels.sites import SHORTCUTS, Carrier, LayerState, PatchedLayer, PatchedStack
 from heterolora_kernels.state import STATE_NAME, HeteroLoraState, state_of, unwrap
+from heterolora_kernels.structure import Structure
 from heterolora_kernels.undo import structure_of, undone_on_failure
 
 #: By which transformers knows a model with adapters; its Trainer refuses to train a quantised model without any.
@@ -290,6 +291,9 @@ def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
     with undone_on_failure(state.step_hooks.remove), undone_on_failure(structure_of(model)):
         model.__dict__[STATE_NAME] = state
         _Patcher(model, config, state).run(lora, layers, shortcuts)
+        hooked = [module for module, _ in state.hooks]
+        state.structure = Structure(model, (*state.linears, *state.layers, *state.stacks, *hooked))
+        state.belongs_to(model)
         state.switches.ledger = Ledger(_ledger_rows(state))
         # Now and not at the first forward, which may be one that torch.compile traces.
         for module in state.linears:
@@ -334,10 +338,12 @@ def remove_heterolora(model: nn.Module) -> nn.Module:
         for module, hook_id in state.hooks:
             module._forward_pre_hooks.pop(hook_id, None)
             module._forward_pre_hooks_with_kwargs.pop(hook_id, None)
+        # The modules themselves and not their names: somebody may have put others in their places.
+        layers = {layer._heterolora.name: layer for layer in state.layers if is_swapped(layer)}
         for path in state.paths.values():
-            if path.site is not None:
-                layer, _, site = path.name.rpartition(".")
-                model.get_submodule(layer)._modules.pop(site, None)
+            layer, _, site = path.name.rpartition(".")
+            if path.site is not None and layer in layers:
+                layers[layer]._modules.pop(site, None)
         for module in (*state.linears, *state.layers, *state.stacks):
             for name in ADAPTER_NAMES:
                 module._parameters.pop(name, None)

@@ -69,6 +69,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, format: str = "
         ValueError: names the argument, or the path or head that cannot be saved. Nothing is written then.
     """
     state, model = state_of(model), unwrap(model)
+    state.check_structure()
     if format not in _FORMATS:
         raise ValueError(f"format must be one of {list(_FORMATS)}, got {format!r}")
     if search is not None and format != "native":
@@ -100,6 +101,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, format: str = "
 def write_native(model: nn.Module, directory: str | os.PathLike, *, search: RankSearch | None = None,
                  weights_name: str = "adapter.safetensors") -> None:
     """Write the native format, whatever is active, from every process that calls; ``weights_name``: of the file of tensors."""
+    state_of(model).check_structure()
     write = _native(unwrap(model), state_of(model), search=search, weights_name=weights_name)
     with files.replaced_folder(directory) as folder:
         write(folder)
@@ -114,6 +116,7 @@ def peft_config(model: nn.Module) -> dict:
         ValueError: no LoRA path is active.
     """
     state, model = state_of(model), unwrap(model)
+    state.check_structure()
     paths = open_paths(state.paths.values())
     if not paths:
         raise ValueError("no LoRA path is active: there is nothing to describe")
@@ -333,6 +336,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, search: Rank
     patched = is_patched(model)
     if search is not None and not patched:
         raise ValueError("search belongs to another model, for this one is not patched: load first, then build it")
+    if patched:
+        state_of(model).check_structure()
     if search is not None:
         _check_search(state_of(model), search)
     # Loading into shards is a collective: all processes have read the files, or none begins.

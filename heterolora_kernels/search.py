@@ -75,6 +75,7 @@ class RankSearch:
             distributed.reshard(model)
             # A pack would be a copy of the whole weight on every process, and the gathered weight is another one each time.
             self._state.switches.packing.mode = "off"
+        self._state.check_structure(alone=True)
         self.config = self._state.config
         self._proxy = get_proxy(self.config.proxy)
         self._per_rank = get_allocator(self.config.ranks).per_rank
@@ -86,8 +87,8 @@ class RankSearch:
                 raise TypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
             if not any(id(path.lora_A) in held for path in self._state.paths.values()):
-                raise ValueError("optimizer holds none of the model's adapters: build it from the parameters that require "
-                                 "grad after apply_heterolora")
+                raise ValueError("optimizer holds none of the model's adapters: build it from the parameters that require grad "
+                                 "after apply_heterolora")
             if self._per_rank and self.config.search != "off":
                 check_elementwise(optimizer, f"ranks={self.config.ranks!r}")
         if steps_per_epoch is not None and (not isinstance(steps_per_epoch, int) or steps_per_epoch < 1):
@@ -136,8 +137,7 @@ class RankSearch:
         """
         if self._started:
             return
-        # Complain now, not at the first due step.
-        if self.config.search == "dynamic":
+        if self.config.search == "dynamic":  # Complain now, not at the first due step.
             self._interval_steps()
         if self.config.search != "off" and self._score_of(self._proxy) == "probe" and self._proxy.needs_data:
             self._probe_loader()
@@ -241,9 +241,8 @@ class RankSearch:
         Raises:
             ValueError: an unknown path, or a rank outside 0 ... r. Nothing is changed then.
         """
-        masks = self._state.masks_of(ranks)
         with undone_on_failure(self.undo_point()):
-            self._write(masks)
+            self._write(self._state.masks_of(ranks))
 
     # ---- state ----
 
@@ -365,6 +364,7 @@ class RankSearch:
     def _check_patched(self) -> None:
         if state_of(self._model) is not self._state:
             raise ValueError("model was patched anew after this search was built: build another RankSearch")
+        self._state.check_structure()
 
     def _eligible(self) -> list[str]:
         return [name for name, path in self._state.paths.items() if self.config.mode != "lora_only" or path.kind == "lora"]

@@ -14,6 +14,7 @@ from heterolora_kernels import distributed
 from heterolora_kernels.config import HeteroLoraConfig
 from heterolora_kernels.freezing import StepHooks
 from heterolora_kernels.layers import Path, Switches
+from heterolora_kernels.structure import PEFT_REMEDY, Structure, peft_layers, refuse_peft_beside
 
 #: Where it stands in the ``__dict__`` of the patched module.
 STATE_NAME = "_heterolora_state"
@@ -30,6 +31,7 @@ class HeteroLoraState:
         hooks: ``(module, id of its forward pre-hook)``.
         requires_grad: flags of the parameters before patching, by name.
         step_hooks: the optimizer hooks (freezing, ledger, counting).
+        structure: where the patched modules lay in the model.
         overrides: names of attributes that were put into the model's ``__dict__`` later, and go with the patch.
     """
 
@@ -42,6 +44,7 @@ class HeteroLoraState:
     hooks: list[tuple[nn.Module, int]] = field(default_factory=list)
     requires_grad: dict[str, bool] = field(default_factory=dict)
     step_hooks: StepHooks = field(default_factory=StepHooks)
+    structure: Structure | None = None
     overrides: list[str] = field(default_factory=list)
     _model: weakref.ref | None = field(default=None, repr=False, compare=False)
 
@@ -72,6 +75,21 @@ class HeteroLoraState:
     def belongs_to(self, model: nn.Module) -> None:
         """Know the model, also as a copy."""
         self._model = weakref.ref(model)
+
+    def check_structure(self, alone: bool = False) -> None:
+        """Refuse a model in which somebody has moved or replaced patched modules.
+
+        Args:
+            alone: refuse adapters of PEFT in it too.
+
+        Raises:
+            ValueError: names the modules, and the remedy.
+        """
+        model = None if self._model is None else self._model()
+        if model is not None and self.structure is not None:
+            if alone:
+                refuse_peft_beside(model)
+            self.structure.check(model)
 
     def reshard(self) -> None:
         """Let FSDP2 put the sharded parameters in their places, those that optimizers hold."""
@@ -117,9 +135,19 @@ def unwrap(model: nn.Module) -> nn.Module:
     while STATE_NAME not in model.__dict__:
         inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
         if not isinstance(inner, nn.Module):
-            raise ValueError("model is not patched: call apply_heterolora(model, config) first")
+            raise ValueError(_why_unpatched(model))
         model = inner
     return model
+
+
+def _why_unpatched(model: nn.Module) -> str:
+    inside = next((name for name, module in model.named_modules() if STATE_NAME in module.__dict__), None)
+    if inside is None:
+        return "model is not patched: call apply_heterolora(model, config) first"
+    if peft_layers(model):
+        return f"model is PEFT's {type(model).__name__} around a patched model (at {inside!r}). {PEFT_REMEDY}"
+    return (f"model is not patched, but its part {inside!r} is: pass that part, model.get_submodule({inside!r}), or patch the "
+            "whole model")
 
 
 def is_patched(model: nn.Module) -> bool:

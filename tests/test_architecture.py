@@ -17,7 +17,7 @@ ROWS = [
      "backends.triton.launch", "backends.triton.group", "backends.triton", "backends.triton.builds"],
     ["functional"],
     ["instances", "grouping", "packing", "sites", "layers", "proxies", "allocation"],
-    ["distributed", "freezing", "state", "planning", "peft_format", "peft_layers", "patching", "merging"],
+    ["distributed", "freezing", "structure", "state", "planning", "peft_format", "peft_layers", "patching", "merging"],
     ["history", "plotting", "scoring", "synflow", "alpha_test", "search", "save_and_load"],
     ["callback"],
     ["cli.options", "cli.data", "cli.plot", "cli.run_folder", "cli.demo", "cli.train", "cli.search", "cli.info", "cli.export",

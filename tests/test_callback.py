@@ -226,7 +226,7 @@ def test_attached_callback_comes_first(is_given, tmp_path):
 
 
 def test_model_that_is_not_patched_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"call apply_heterolora\(model, config\) before building the Trainer"):
+    with pytest.raises(ValueError, match=r"call apply_heterolora\(model, config\) first; do so before building the Trainer"):
         make_trainer(tmp_path, plain_llama(), texts(4), HeteroLoraCallback())
 
 
