@@ -17,11 +17,12 @@ using at::Tensor;
 using Tensors = c10::SmallVector<Tensor, 4>;
 using Numbers = c10::SmallVector<int64_t, 4>;
 
-// Each reads one argument; false where the general way has to: another type, or a subclass of Tensor.
+// Each reads one argument; false where the general way has to: another type, a subclass of Tensor, another layout (sparse, nested,
+// mkldnn), or a tangent of forward-mode differentiation, which the kernels would drop.
 bool read(PyObject* value, Tensor& out) {
     if (!THPVariable_CheckExact(value)) return false;
     out = THPVariable_Unpack(value);
-    return true;
+    return out.layout() == c10::kStrided && !out.is_nested() && !out._fw_grad(0).defined();
 }
 
 bool read(PyObject* value, std::optional<Tensor>& out) {

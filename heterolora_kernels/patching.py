@@ -48,7 +48,7 @@ from heterolora_kernels.planning import (
     plan_shortcuts,
 )
 from heterolora_kernels.sites import SHORTCUTS, Carrier, LayerState, PatchedLayer, PatchedStack
-from heterolora_kernels.state import STATE_NAME, HeteroLoraState, state_of, unwrap
+from heterolora_kernels.state import STATE_NAME, HeteroLoraState, is_patched, state_of, unwrap
 from heterolora_kernels.structure import Structure
 from heterolora_kernels.undo import structure_of, undone_on_failure
 
@@ -464,11 +464,13 @@ def invalidate(model: nn.Module) -> None:
     state, moving the model and writes of a whole weight are seen.
 
     Args:
-        model: a patched model, wrapped or not.
+        model: a patched model, wrapped or not, or one that :func:`~heterolora_kernels.accelerate_peft` was given.
     """
-    for module in state_of(model).linears:
-        if module._heterolora.packs is not None:
-            module._heterolora.packs.drop()
+    fusions = [fusion for fusion in (module.__dict__.get("_heterolora_fusion") for module in model.modules()) if fusion is not None]
+    owners = fusions if fusions and not is_patched(model) else [module._heterolora for module in state_of(model).linears]
+    for owner in owners:
+        if owner.packs is not None:
+            owner.packs.drop()
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

@@ -35,7 +35,7 @@ class _ActivePaths:
 
     lora_A: list[Tensor]
     lora_B: list[Tensor]
-    scaling: list[float]
+    scaling: list[float | Tensor]
     dropout_p: float
 
 
@@ -53,6 +53,10 @@ class _Fusion:
     def vectors(self, device: torch.device, paths: _ActivePaths) -> tuple[Tensor, Tensor, Tensor]:
         """(scaling, gate, active) on ``device``: every row is on."""
         ranks = [a.shape[0] for a in paths.lora_A]
+        if any([isinstance(s, Tensor) for s in paths.scaling]):
+            # A hot swap writes into it: read in each call, and nothing is compiled anew.
+            scaling = torch.stack([torch.as_tensor(s, dtype=torch.float32, device=device) for s in paths.scaling])
+            return scaling, *_vectors(device, ranks, [])[1:]
         key = (device, ranks, paths.scaling)
         made = self._made
         if made is not None and made[0] == key:
@@ -79,7 +83,7 @@ class FusedLora:
 
     def patched_forward(self, base_forward, x, *args, **kwargs):
         # adapter_names (a mixed batch) and the offsets of aLoRA come as keywords.
-        paths = _NO_LORA if args or kwargs else _active_paths(self)
+        paths = _NO_LORA if args or kwargs or _is_watched() else _active_paths(self)
         base = self._modules["base_layer"]
         weight = _plain_weight(base)
         if isinstance(paths, str) or not self.cast_input_dtype_enabled or not _takes(paths, weight, x):
@@ -116,6 +120,13 @@ def _is_plain(module: nn.Module) -> bool:
                 or "forward" in module.__dict__)
 
 
+def _is_watched() -> bool:
+    """Whether hooks of all modules are registered, which see the modules that PEFT calls."""
+    known = nn.modules.module
+    return bool(known._global_forward_hooks or known._global_forward_pre_hooks or known._global_backward_hooks
+                or known._global_backward_pre_hooks)
+
+
 def _active_paths(layer: nn.Module) -> _ActivePaths | str:
     """The paths of a layer as it is now, or why PEFT's forward has to run."""
     if layer.disable_adapters:
@@ -141,7 +152,12 @@ def _active_paths(layer: nn.Module) -> _ActivePaths | str:
             return "lora_bias"
         paths.lora_A.append(A.weight)
         paths.lora_B.append(B.weight)
-        paths.scaling.append(float(layer.scaling[name]))
+        scaling = layer.scaling[name]
+        if not isinstance(scaling, Tensor):
+            scaling = float(scaling)
+        elif scaling.requires_grad or scaling.numel() != 1:
+            return "a scaling that is trained or is no number"
+        paths.scaling.append(scaling if not isinstance(scaling, Tensor) else scaling.detach().reshape(()))
         dropouts.add(dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0)
     if not paths.lora_A:
         return _NO_LORA
@@ -153,7 +169,7 @@ def _active_paths(layer: nn.Module) -> _ActivePaths | str:
 
 def _takes(paths: _ActivePaths, weight: Tensor | None, x: Tensor) -> bool:
     """Whether the op takes this input: what it does not take is PEFT's to compute or to refuse. weight: of a plain base."""
-    if not isinstance(x, Tensor) or x.dtype not in _DTYPES:
+    if not isinstance(x, Tensor) or x.dtype not in _DTYPES or x.layout != torch.strided or x.is_nested:
         return False
     for a, b in zip(paths.lora_A, paths.lora_B):
         # A DTensor or a quantised adapter is a class of its own.
@@ -167,7 +183,8 @@ def _takes(paths: _ActivePaths, weight: Tensor | None, x: Tensor) -> bool:
         if weight.device != x.device or weight.dtype != x.dtype and not autocast:
             return False
     # The op's scaling is float32.
-    return x.dtype != torch.float64 or all(torch.tensor(s, dtype=torch.float32, device="cpu").item() == s for s in paths.scaling)
+    return x.dtype != torch.float64 or all(
+        not isinstance(s, Tensor) and torch.tensor(s, dtype=torch.float32, device="cpu").item() == s for s in paths.scaling)
 
 
 def _plain_weight(base: nn.Module) -> Tensor | None:

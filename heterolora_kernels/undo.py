@@ -14,6 +14,21 @@ from torch import Tensor, nn
 Undo = Callable[[], None]
 
 
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Let no mode and no tracer that is active (torch.export, FakeTensorMode, torch.jit.trace) see what runs in the block."""
+    # As torch does it for its own bookkeeping; nothing public does.
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    tracing = torch._C._get_tracing_state()
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        torch._C._set_tracing_state(None)
+        try:
+            yield
+        finally:
+            torch._C._set_tracing_state(tracing)
+
+
 def _run(undo: Undo) -> None:
     """Call ``undo``, which may be interrupted too."""
     try:

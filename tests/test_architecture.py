@@ -11,13 +11,13 @@ PACKAGE = Path(__file__).resolve().parent.parent / "heterolora_kernels"
 
 ROWS = [
     ["_env", "_version", "undo"],
-    ["ops.ledger", "ops.rng", "ops.schema", "ops.autograd", "config", "names", "files"],
+    ["ops.ledger", "ops.rng", "ops.composite", "ops.rules", "ops.schema", "ops.autograd", "config", "names", "files"],
     ["backends", "backends.reference", "backends.cpu", "backends.triton.plan", "backends.triton.configs",
      "backends.triton.device", "backends.triton.forward", "backends.triton.backward", "backends.triton.finalize",
      "backends.triton.launch", "backends.triton.group", "backends.triton", "backends.triton.builds"],
     ["functional"],
     ["instances", "grouping", "packing", "sites", "layers", "proxies", "allocation"],
-    ["distributed", "freezing", "structure", "state", "planning", "peft_format", "peft_layers", "patching", "merging"],
+    ["distributed", "freezing", "structure", "beside", "state", "planning", "peft_format", "peft_layers", "patching", "merging"],
     ["history", "plotting", "scoring", "synflow", "alpha_test", "search", "save_and_load"],
     ["callback"],
     ["cli.options", "cli.data", "cli.plot", "cli.run_folder", "cli.demo", "cli.train", "cli.search", "cli.info", "cli.export",

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from heterolora_kernels import _env
-from heterolora_kernels.undo import put_back
+from heterolora_kernels.undo import put_back, untraced
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,8 @@ def _automatic(device_type: str, dtype: torch.dtype | None) -> str:
 def _load(name: str) -> bool:
     """Import the backend's module, once; under torch.compile while tracing, since an import cannot be traced."""
     if name not in _loaded:
-        importlib.import_module(_backends[name].module)
+        with untraced():
+            importlib.import_module(_backends[name].module)
         _loaded.add(name)
     return True
 

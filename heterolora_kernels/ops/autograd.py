@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
+from heterolora_kernels.ops import composite
 from heterolora_kernels.ops.schema import NAMESPACE, Flags, Needs, hidden_offsets, mask_offsets, rank_offsets
 
 # As plain numbers: an IntFlag's operators cost a microsecond each, in every call.
@@ -182,6 +184,15 @@ def _call(op: str, backend: str, x: Tensor, bases: Sequence[Tensor], packs: Sequ
                               scaling, gate, active, rng, *tensors))
 
 
+def _is_composite(x: Tensor) -> bool:
+    """Whether the call must be one of torch's own operations: under a transform of torch.func, inside a level of forward-mode
+    differentiation, or for tensors that the ops do not know (nested, sparse, mkldnn)."""
+    if torch.compiler.is_compiling():
+        return False
+    return (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or x.is_nested
+            or x.layout != torch.strided)
+
+
 def _flat(tensor: Tensor) -> Tensor:
     """[..., K] as [M, K], which the ops take."""
     return tensor if tensor.dim() in (0, 2) else tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
@@ -210,6 +221,9 @@ def call_lora_linear(backend: str, x: Tensor, weights: Sequence[Tensor], packs: 
                         dropout_p, probe)
         if outs is not NotImplemented:
             return outs
+    if _is_composite(x):
+        return composite.lora_linear(x, weights, biases, sources, lora_A, lora_B, scaling, gate, rng, path_output, path_source,
+                                     dropout_p, probe)
     outs = _call("lora_linear", backend, _flat(x), weights, packs, biases, [_flat(u) for u in sources], lora_A, lora_B, scaling,
                  gate, active, rng, path_output, path_source, dropout_p, probe)
     return [_shaped(out, x) for out in outs]
@@ -226,6 +240,9 @@ def call_lora_delta(backend: str, x: Tensor, base_outs: Sequence[Tensor], source
                         probe)
         if outs is not NotImplemented:
             return outs
+    if _is_composite(base_outs[0]):
+        return composite.lora_delta(x, base_outs, sources, lora_A, lora_B, scaling, gate, rng, path_output, path_source, dropout_p,
+                                    probe)
     outs = _call("lora_delta", backend, _flat(x), [_flat(out) for out in base_outs], (), (), [_flat(u) for u in sources], lora_A,
                  lora_B, scaling, gate, active, rng, path_output, path_source, dropout_p, probe)
     return [_shaped(out, base_out) for out, base_out in zip(outs, base_outs)]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from heterolora_kernels.ops.ledger import NUM_COLUMNS
+from heterolora_kernels.ops.rules import register_rules
 
 NAMESPACE = "heterolora_kernels"
 
@@ -297,3 +298,4 @@ def define_ops(library: torch.library.Library, backend: str) -> None:
         name = f"{op}_{backend}"
         library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{NAMESPACE}::{name}", _FAKES[op], lib=library)
+        register_rules(library, op, getattr(getattr(torch.ops, NAMESPACE), name))
