@@ -17,6 +17,8 @@ from torch import nn
 # transformers 5.0 leaves one as `forward` after output_hidden_states=True, accelerate's hooks keep theirs.
 _BOUND = ("_old_forward", "forward")
 _KEPT = "_heterolora_forwards"
+#: The forward in an instance that hides the class's, while ``joined_forward`` of the mixin stands in its place.
+HIDDEN = "_heterolora_hidden"
 _generated: dict[tuple[type, type], type] = {}
 #: Classes whose instances take a generated class.
 _checked: set[type] = set()
@@ -70,33 +72,54 @@ def generated_from(module: nn.Module, mixin: type) -> bool:
     return is_swapped(module) and isinstance(module, mixin)
 
 
-def check_swappable(name: str, module: nn.Module) -> None:
-    """Refuse a module whose class's ``forward`` would never be called, or whose class cannot be changed.
+def hidden_by(module: nn.Module) -> str | None:
+    """The name in the instance of a forward that hides the class's, or None.
 
     accelerate's hooks put a ``forward`` into the instance and call the class's as ``_old_forward``: that inner one can be
     replaced. Any other ``forward`` in the instance hides ours.
+    """
+    if "forward" not in module.__dict__ or _bound_names(module, type(module)):
+        return None
+    return next(name for name in _BOUND if name in module.__dict__)
+
+
+def why_not_swappable(module: nn.Module, may_be_wrapped: bool = False) -> str | None:
+    """Why the class of a module cannot be changed, or its class's ``forward`` would never be called; None if neither is so.
 
     One that accelerate offloads is refused too: its hook looks for the adapters among the weights that it has put away.
 
-    Raises:
-        ValueError: names the module.
+    Args:
+        may_be_wrapped: whether a forward in the instance may be moved aside, because the mixin has a ``joined_forward``.
     """
     hook = module.__dict__.get("_hf_hook")
     if any(getattr(each, "offload", False) for each in getattr(hook, "hooks", [hook])):
-        raise ValueError(f"module {name!r} is offloaded by accelerate, which brings in only the weights it knew before: load the "
-                         "model without offloading (a device_map whose modules all have one device), then patch it")
-    if "forward" in module.__dict__ and not _bound_names(module, type(module)):
-        raise ValueError(f"module {name!r} has a forward of its own in the instance ({module.__dict__['forward']!r}), "
-                         "which hides the class's: it cannot be patched; remove that wrapper first")
+        return ("is offloaded by accelerate, which brings in only the weights it knew before: load the model without offloading "
+                "(a device_map whose modules all have one device), then patch it")
+    if HIDDEN in module.__dict__ and not is_swapped(module):
+        return "has a forward in the instance that still calls the one of an earlier patch: remove that wrapper first"
+    if hidden_by(module) is not None and not may_be_wrapped:
+        return (f"has a forward of its own in the instance ({module.__dict__['forward']!r}), which hides the class's: it cannot "
+                "be patched; remove that wrapper first")
     cls = type(module)
     if cls not in _checked:
         try:
             # A bare instance: Python compares the layouts of the two classes alone.
             object.__setattr__(cls.__new__(cls), "__class__", generated_class(_Nothing, cls))
         except TypeError as error:
-            raise ValueError(f"module {name!r} cannot be patched: the class of a {cls.__module__}.{cls.__qualname__} cannot be "
-                             f"changed ({error})") from error
+            return f"cannot be patched: the class of a {cls.__module__}.{cls.__qualname__} cannot be changed ({error})"
         _checked.add(cls)
+    return None
+
+
+def check_swappable(name: str, module: nn.Module, may_be_wrapped: bool = False) -> None:
+    """Refuse a module for the reasons of :func:`why_not_swappable`.
+
+    Raises:
+        ValueError: names the module.
+    """
+    reason = why_not_swappable(module, may_be_wrapped)
+    if reason is not None:
+        raise ValueError(f"module {name!r} {reason}")
 
 
 def _bound_names(module: nn.Module, cls: type) -> list[str]:
@@ -108,13 +131,17 @@ def _bound_names(module: nn.Module, cls: type) -> list[str]:
 
 def swap_class(module: nn.Module, mixin: type) -> None:
     """Give ``module`` the behaviour of ``mixin``; :func:`restore_class` undoes it."""
-    names = _bound_names(module, type(module))
+    hidden, names = hidden_by(module), _bound_names(module, type(module))
     cls = generated_class(mixin, type(module))
     if names:
         module.__dict__[_KEPT] = {name: module.__dict__[name] for name in names}
+    if hidden is not None:
+        module.__dict__[HIDDEN] = module.__dict__[hidden]
     module.__class__ = cls
     for name in names:
         module.__dict__[name] = types.MethodType(cls.forward, module)
+    if hidden is not None:
+        module.__dict__[hidden] = types.MethodType(mixin.joined_forward, module)
 
 
 def restore_class(module: nn.Module) -> None:
@@ -124,3 +151,8 @@ def restore_class(module: nn.Module) -> None:
     kept = module.__dict__.pop(_KEPT, {})
     for name in _bound_names(module, generated):
         module.__dict__[name] = kept.get(name) or types.MethodType(type(module).forward, module)
+    joined = getattr(generated, "joined_forward", None)
+    # Where a wrapper that came later still calls ours, ours goes on to call the one that it hides.
+    for name in _BOUND:
+        if HIDDEN in module.__dict__ and getattr(module.__dict__.get(name), "__func__", module) is joined:
+            module.__dict__[name] = module.__dict__.pop(HIDDEN)

@@ -425,7 +425,7 @@ class PatchedQuantised(_Refreshes):
         # Libraries differ in its name.
         x = args[0] if args else next(iter(kwargs.values()))
         if torch.is_grad_enabled() and x.requires_grad and not out.requires_grad:
-            raise RuntimeError(f"the quantised base of {paths.paths[0].name!r} ({type(self).__name__}) gives no gradient to its "
+            raise RuntimeError(f"the base of {paths.paths[0].name!r} ({type(self).__name__}) gives no gradient to its "
                                "input, so nothing before it would learn; has a library packed its weights for inference?")
         return paths.run_delta(self, out, x) if paths.switches.enabled else out
 

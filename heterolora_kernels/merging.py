@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from heterolora_kernels import distributed
+from heterolora_kernels.bases import is_conv1d, is_quantised_linear
 from heterolora_kernels.layers import PatchedQuantised, Path
 from heterolora_kernels.patching import refuse_sharded, remove_heterolora
-from heterolora_kernels.planning import is_conv1d
 from heterolora_kernels.state import STATE_NAME, state_of, unwrap
 from heterolora_kernels.undo import undone_on_failure
 
@@ -72,7 +72,11 @@ def check_mergeable(model: nn.Module, drop_shortcuts: bool = False) -> list[Path
         raise ValueError(f"{len(active)} active shortcuts cannot be merged into weights ({active[0]}, ...); save the adapter, "
                          "or pass drop_shortcuts=True to leave them out")
     lora = [path for path in state.paths.values() if path.site is None and any(path.active_rows())]
-    quantised = [path for path in lora if isinstance(path.holder, PatchedQuantised)]
+    alone = [path for path in lora if isinstance(path.holder, PatchedQuantised)]
+    quantised = [path for path in alone if is_quantised_linear(path.holder)]
+    if alone and not quantised:
+        raise ValueError(f"the base of {alone[0].name!r} ({type(alone[0].holder).__name__}) computes something else than "
+                         f"x W^T + b, so that adapters cannot become part of its weight ({len(alone)} paths): save the adapter")
     if quantised:
         raise ValueError(f"the base of {quantised[0].name!r} is quantised ({type(quantised[0].holder).__name__}), and so would "
                          f"the merged weight have to be, which loses most of what was learnt ({len(quantised)} paths): save the "

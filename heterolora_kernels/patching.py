@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from heterolora_kernels import distributed
+from heterolora_kernels.bases import base_tensor
 from heterolora_kernels.config import HeteroLoraConfig
 from heterolora_kernels.grouping import GROUPS, LinearGroup
 from heterolora_kernels.instances import check_swappable, is_swapped, restore_class, swap_class
@@ -36,13 +37,10 @@ from heterolora_kernels.peft_format import ADAPTER_NAMES, read_peft
 from heterolora_kernels.planning import (
     PlannedLayer,
     PlannedPath,
-    base_tensor,
     check_heads,
     check_shortcut_layers,
     find_targets,
     is_below,
-    is_conv1d,
-    is_quantised_linear,
     plan_layers,
     plan_lora,
     plan_shortcuts,
@@ -50,7 +48,9 @@ from heterolora_kernels.planning import (
 from heterolora_kernels.sites import SHORTCUTS, Carrier, LayerState, PatchedLayer, PatchedStack
 from heterolora_kernels.state import STATE_NAME, HeteroLoraState, is_patched, state_of, unwrap
 from heterolora_kernels.structure import Structure
+from heterolora_kernels.trials import ANY_NAME, CONV1D, ITSELF, PLAIN, WRAPPED, judge
 from heterolora_kernels.undo import structure_of, undone_on_failure
+from heterolora_kernels.wrapped import PatchedAnyName, PatchedWrapped
 
 #: By which transformers knows a model with adapters; its Trainer refuses to train a quantised model without any.
 _HAS_ADAPTERS = "_hf_peft_config_loaded"
@@ -108,7 +108,7 @@ class _Patcher:
         module = self.modules[name]
         if not is_swapped(module):
             mixin, switches = _mixin_of(module), self.state.switches
-            packs = Packs(switches.packing) if mixin in (PatchedLinear, PatchedConv1D) else None
+            packs = Packs(switches.packing) if issubclass(mixin, (PatchedLinear, PatchedConv1D)) else None
             module._heterolora = PathSet([], switches, float(self.config.lora_dropout), packs=packs)
             self.state.linears.append(module)
             swap_class(module, mixin)
@@ -205,11 +205,13 @@ class _Patcher:
                 parameter.requires_grad_(is_below(owner, self.config.heads) and parameter.is_floating_point())
 
 
+#: How the paths of a module are run, by what it computes; of any other they join the output, as of a norm.
+_MIXINS = {PLAIN: PatchedLinear, ANY_NAME: PatchedAnyName, CONV1D: PatchedConv1D, ITSELF: PatchedQuantised,
+           WRAPPED: PatchedWrapped}
+
+
 def _mixin_of(module: nn.Module) -> type:
-    """How the paths of a module are run."""
-    if is_quantised_linear(module):
-        return PatchedQuantised
-    return PatchedConv1D if is_conv1d(module) else PatchedLinear if isinstance(module, nn.Linear) else PatchedNorm
+    return _MIXINS.get(judge(module).way, PatchedNorm)
 
 
 def _can_run_as_one(linears: Sequence[nn.Module]) -> bool:
@@ -278,7 +280,7 @@ def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
         raise ValueError("rank_pattern sets every adapted module to rank 0: nothing is left to train")
     modules = dict(model.named_modules())
     for name in {plan.name for plan in lora} | {base for _, _, base in shortcuts}:
-        check_swappable(name, modules[name])
+        check_swappable(name, modules[name], may_be_wrapped=judge(modules[name]).way == WRAPPED)
         taken = [attribute for attribute in ADAPTER_NAMES if hasattr(modules[name], attribute)]
         if taken:
             raise ValueError(f"module {name!r} already has {taken}: is it an adapter of another library?")

@@ -18,11 +18,12 @@ from pathlib import Path as FilePath
 import torch
 from torch import Tensor, nn
 
+from heterolora_kernels.bases import is_conv1d
 from heterolora_kernels.config import HeteroLoraConfig
 from heterolora_kernels.distributed import full
 from heterolora_kernels.files import field_of, find_folder, read_json, read_tensors
 from heterolora_kernels.layers import Path
-from heterolora_kernels.planning import is_below, is_conv1d
+from heterolora_kernels.planning import is_below
 from heterolora_kernels.undo import undone_on_failure, values_of
 
 CONFIG_NAME = "adapter_config.json"

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from heterolora_kernels.bases import is_conv1d
 from heterolora_kernels.instances import check_swappable, generated_from, restore_class, swap_class
 from heterolora_kernels.layers import call_delta, call_linears
 from heterolora_kernels.ops.rng import draw_rng
 from heterolora_kernels.packing import PackBudget, Packs
-from heterolora_kernels.planning import is_conv1d
 
 _logger = logging.getLogger(__name__)
 

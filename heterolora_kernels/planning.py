@@ -7,12 +7,13 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from heterolora_kernels.bases import features, is_experts, looks_linear
 from heterolora_kernels.config import HeteroLoraConfig, Site
-from heterolora_kernels.distributed import is_dtensor
+from heterolora_kernels.leftovers import describe_left, tell_left
 from heterolora_kernels.sites import SHORTCUTS, SITES, site_of, why_refused
+from heterolora_kernels.trials import forget, judge
 
 
 def _matches(name: str, patterns: str | Sequence[str]) -> bool:
@@ -31,79 +32,6 @@ def _pattern_value(name: str, pattern: Mapping[str, float], default):
     return default
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    # By name and place: importing transformers for an isinstance would make it a core dependency.
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
-
-
-#: Of packed weights; bool, which masks have, and int64, which indices have, are not among them.
-_PACKED_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32)
-
-
-def is_quantised(tensor: Tensor) -> bool:
-    """Whether a tensor holds packed or 8-bit numbers, or is of a class of its own that stands for such."""
-    if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer, nn.parameter.UninitializedParameter):
-        return not is_dtensor(tensor)
-    return tensor.dtype in _PACKED_DTYPES or tensor.is_floating_point() and tensor.dtype.itemsize < 2
-
-
-def is_quantised_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear that computes its output itself, from quantised weights.
-
-    bitsandbytes, torchao, optimum-quanto, HQQ, GPTQ, AWQ and the like: ``in_features``, ``out_features``, nothing inside.
-    """
-    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
-    if module._modules or not all(isinstance(size, int) for size in sizes):
-        return False
-    weight = module._parameters.get("weight")
-    tensors = (*module._parameters.values(), *module._buffers.values()) if weight is None else (weight,)
-    return any(is_quantised(tensor) for tensor in tensors if tensor is not None)
-
-
-def base_tensor(module: nn.Module) -> Tensor | None:
-    """A tensor of the module that says where, and in which dtype, its adapter belongs: its weight, or the first it has."""
-    weight = getattr(module, "weight", None)
-    if isinstance(weight, Tensor):
-        return weight
-    return next((t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None), None)
-
-
-#: Modules that hand the weights of their linears to one torch op instead of calling them.
-_BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-
-
-def _why_no_base(name: str, module: nn.Module, parent: nn.Module) -> str | None:
-    """Why a module cannot be the base of paths, or None."""
-    if isinstance(parent, _BYPASSING):
-        return f"nn.{type(parent).__name__} reads its weight (at least in eval mode) and does not call it as a module"
-    if getattr(getattr(base_tensor(module), "quant_state", None), "packing_format_for_cpu", False):
-        return ("bitsandbytes has packed its weight for inference on the CPU, in a forward without gradients in eval mode, and "
-                "it has no backward any more: load the model anew")
-    if is_conv1d(module) or is_quantised_linear(module):
-        return None
-    if isinstance(module, nn.Linear) and "weight" not in module._parameters:
-        return "its weight is computed from other parameters (weight_norm, a parametrization)"
-    if not isinstance(module, nn.Linear):
-        return f"it is a {type(module).__name__}, and only nn.Linear, quantised linears and GPT-2's Conv1D can be adapted"
-    if type(module).forward is not nn.Linear.forward:
-        return f"its class {type(module).__name__} computes something else than nn.Linear"
-    if isinstance(module.weight, nn.parameter.UninitializedParameter):
-        return "it is a LazyLinear that has not seen an input yet"
-    return None
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or is_conv1d(module) or is_quantised_linear(module)
-
-
-def _features(module: nn.Module) -> tuple[int, int]:
-    """(in_features, out_features)."""
-    if is_quantised_linear(module):
-        return module.in_features, module.out_features
-    out_features, in_features = module.weight.shape
-    return (out_features, in_features) if is_conv1d(module) else (in_features, out_features)
-
-
 def is_below(name: str, heads: Sequence[str]) -> bool:
     """Whether a module is one of the heads or lies below one."""
     return any(part in heads for part in name.split("."))
@@ -120,7 +48,8 @@ def _output_embeddings(model: nn.Module) -> set[int]:
 
 
 def find_targets(model: nn.Module, config: HeteroLoraConfig) -> dict[str, nn.Module]:
-    """``{name: module}`` of the linears that get LoRA."""
+    """``{name: module}`` of the linears that get LoRA; a warning names what ``"all-linear"`` leaves."""
+    forget()
     modules = dict(model.named_modules())
     everything = config.target_modules == "all-linear"
     # Each entry of a list is held to match something; a regular expression is one entry.
@@ -132,7 +61,7 @@ def find_targets(model: nn.Module, config: HeteroLoraConfig) -> dict[str, nn.Mod
             continue
         parent = modules[name.rpartition(".")[0]]
         if everything:
-            wanted = _is_linear(module) and id(module) not in head and not is_below(name, config.heads)
+            wanted = _is_of_all(module) and id(module) not in head and not is_below(name, config.heads)
         else:
             wanted = _matches(name, config.target_modules)
         if not wanted:
@@ -140,22 +69,20 @@ def find_targets(model: nn.Module, config: HeteroLoraConfig) -> dict[str, nn.Mod
         touched.update(entry for entry in entries if _matches(name, (entry,)))
         if _matches(name, config.exclude_modules):
             continue
-        reason = _why_no_base(name, module, parent)
+        reason = judge(module, parent).reason
         if reason is None:
             targets[name] = module
         else:
             refused[name] = reason
-    bypassed = {name for name in refused if isinstance(modules[name.rpartition(".")[0]], _BYPASSING)}
-    if refused and not (everything and len(bypassed) == len(refused)):
+    if refused and not everything:
         listed = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise ValueError(f"target_modules selects modules that cannot be adapted: {listed}. Name them in exclude_modules.")
+    if refused and not targets:
+        raise ValueError(f"target_modules 'all-linear': nothing of the model can be adapted: {describe_left(model, refused)}")
     if refused:
-        warnings.warn(f"not adapted, because nn.MultiheadAttention and nn.TransformerEncoderLayer do not call them as modules: "
-                      f"{sorted(refused)}", stacklevel=3)
-    if everything:
-        _warn_about_experts(modules)
+        warnings.warn(tell_left(model, refused), stacklevel=3)
     if not targets:
-        names = sorted({name.rpartition('.')[2] for name, module in modules.items() if _is_linear(module)})
+        names = sorted({name.rpartition('.')[2] for name, module in modules.items() if looks_linear(module)})
         raise ValueError(f"target_modules {config.target_modules!r} matches no linear of the model"
                          f"{' that exclude_modules leaves' if len(config.exclude_modules) else ''}; the model's linears are "
                          f"called {names}")
@@ -169,11 +96,9 @@ def find_targets(model: nn.Module, config: HeteroLoraConfig) -> dict[str, nn.Mod
     return targets
 
 
-def _warn_about_experts(modules: Mapping[str, nn.Module]) -> None:
-    experts = [name for name, module in modules.items() if not isinstance(module, nn.modules.conv._ConvNd)
-               and any(p.dim() == 3 and p.shape[0] > 1 for p in module._parameters.values() if p is not None)]
-    if experts:
-        warnings.warn(f"not adapted, because their weights are 3-D parameters and no nn.Linear: {experts}", stacklevel=4)
+def _is_of_all(module: nn.Module) -> bool:
+    """Tell whether a module belongs to all linears: one, or weights that who asks for all expects to be among them."""
+    return looks_linear(module) or is_experts(module) or isinstance(module, nn.MultiheadAttention)
 
 
 @dataclass
@@ -245,7 +170,7 @@ def check_shortcut_layers(model: nn.Module, config: HeteroLoraConfig, layers: Se
                 raise ValueError(f"sites: {type(layer.module).__name__} has no module {target!r} ({role}): {error}") from error
             if role in ("attention", "feed_forward"):
                 parent = layer.module.get_submodule(target.rpartition(".")[0])
-                reason = _why_no_base(target, module, parent)
+                reason = judge(module, parent).reason
                 if reason is not None:
                     raise ValueError(f"shortcuts: {layer.name}.{target} ({role}) cannot take a path: {reason}")
         for site in config.shortcuts:
@@ -263,7 +188,7 @@ def plan_shortcuts(layers: Sequence[PlannedLayer], config: HeteroLoraConfig) -> 
                 continue
             linear = getattr(layer.site, part)
             # Sources are the residual stream, whose width is that of the linear's output.
-            width = _features(layer.module.get_submodule(linear))[1]
+            width = features(layer.module.get_submodule(linear))[1]
             base = getattr(layer.site, f"{part}_norm") or linear
             r = config.shortcut_r or config.r
             planned.append((layer, PlannedPath(f"{layer.name}.{site}", site, r, config.shortcut_alpha, width, width),
@@ -281,7 +206,7 @@ def plan_lora(targets: Mapping[str, nn.Module], config: HeteroLoraConfig) -> lis
         r = _pattern_value(name, config.rank_pattern, config.r)
         if r > 0:
             planned.append(PlannedPath(name, None, r, _pattern_value(name, config.alpha_pattern, config.lora_alpha),
-                                        *_features(module)))
+                                        *features(module)))
     return planned
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from heterolora_kernels import _env, distributed
 from heterolora_kernels.backends import computing_with
-from heterolora_kernels.planning import is_quantised, is_quantised_linear
+from heterolora_kernels.bases import is_quantised, is_quantised_linear
 from heterolora_kernels.proxies import get_proxy, register_proxy, scores_of
 from heterolora_kernels.scoring import ScoringPass, gradient_rows, twins, untouched
 from heterolora_kernels.state import HeteroLoraState

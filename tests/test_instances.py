@@ -270,7 +270,7 @@ def wrap_forward(module: nn.Module) -> None:
     module.forward = forward
 
 
-@pytest.mark.parametrize("target", ["model.layers.1.mlp.up_proj", "model.layers.2", "model"])
+@pytest.mark.parametrize("target", ["model.layers.2", "model"])
 def test_foreign_forward_in_the_instance_is_refused_by_name(target):
     model = make_model("llama")
     wrap_forward(model.get_submodule(target))

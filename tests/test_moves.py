@@ -138,7 +138,7 @@ def test_an_offloaded_model_is_refused_by_name_and_left_alone():
     model = plain_llama().eval()
     before = model(**llama_batch(0)).logits
     accelerate.cpu_offload(model, execution_device="cpu")
-    with pytest.raises(ValueError, match=r"module 'model\.layers\.\d.*offloaded by accelerate"):
+    with pytest.raises(ValueError, match=r"model\.layers\.\*.*offloaded by accelerate"):
         patched(model)
     assert torch.equal(model(**llama_batch(0)).logits, before)
 

@@ -297,5 +297,5 @@ def test_four_bits_learn_after_an_evaluation():
         pytest.skip("bitsandbytes packs weights on processors with AVX-512 bf16 alone")
     with torch.no_grad():
         base(**llama_batch(1))
-    with pytest.raises(ValueError, match="up_proj: bitsandbytes has packed its weight for inference"):
+    with pytest.raises(ValueError, match="up_proj.*: bitsandbytes has packed its weight for inference"):
         patched(base)

@@ -36,13 +36,12 @@ from heterolora_kernels.planning import (
     check_shortcut_layers,
     find_targets,
     is_below,
-    is_conv1d,
-    is_quantised_linear,
     plan_layers,
     plan_lora,
     plan_shortcuts,
 )
 from heterolora_kernels.proxies import available_proxies, get_proxy
+from heterolora_kernels.trials import ANY_NAME, CONV1D, PLAIN, judge
 
 _PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "datasets", "safetensors", "matplotlib", "tomli-w")
 
@@ -185,8 +184,7 @@ def _packed_bytes(model: nn.Module, names: Iterable[str], config: HeteroLoraConf
         return None
     modules = [model.get_submodule(name) for name in names]
     weights = [torch.empty_strided(module.weight.shape, module.weight.stride(), dtype=module.weight.dtype)
-               for module in modules if not is_quantised_linear(module)
-               and (isinstance(module, nn.Linear) or is_conv1d(module))]
+               for module in modules if judge(module).way in (PLAIN, ANY_NAME, CONV1D)]
     size = extra("cpu", "packed_bytes")
     return {"mode": config.pack, **{what: sum(size(weight, needs_grad) for weight in weights)
                                     for what, needs_grad in (("inference", False), ("training", True))}}
