@@ -14,6 +14,7 @@ from families import (
     reference_backend,  # noqa: F401
 )
 from fuzzing import fuzz
+from helpers_errors import assert_models_agree
 from helpers_peft import HEADED, PLAIN, build, load_with_peft, lora_layers, outputs, written
 from hypothesis import given
 from hypothesis import strategies as st
@@ -61,7 +62,7 @@ def test_peft_computes_what_the_patched_model_computes(name, tmp_path):
     loaded = load_with_peft(name, tmp_path / "adapter")
     expected = outputs(model)
     assert (expected - outputs(build(name))).norm() > 0.01 * expected.norm()
-    torch.testing.assert_close(outputs(loaded), expected, rtol=1e-6, atol=1e-6)
+    assert_models_agree(loaded, model, outputs, expected)
     paths = state_of(model).paths
     assert lora_layers(loaded) == {path: (rank, paths[path].scaling) for path, rank in search.ranks.items() if rank}
     assert written(tmp_path / "adapter")["task_type"] == TASKS[name]
@@ -116,7 +117,7 @@ def test_frozen_heads_that_peft_expects_with_the_task_are_saved(name, task, head
     model, _ = allocated(name, modules_to_save=(), exclude_modules=[head])
     hlk.save_adapter(model, tmp_path, "peft")
     assert written(tmp_path)["task_type"] == task and written(tmp_path)["modules_to_save"] == [head]
-    torch.testing.assert_close(outputs(load_with_peft(name, tmp_path)), outputs(model), rtol=1e-6, atol=1e-6)
+    assert_models_agree(load_with_peft(name, tmp_path), model, outputs)
 
 
 @pytest.mark.parametrize("name", ["bert_sequence", "llama_sequence"])
@@ -125,7 +126,7 @@ def test_adapted_heads_that_peft_expects_with_the_task(name, tmp_path):
     hlk.save_adapter(model, tmp_path, "peft")
     # With the task PEFT would save the head, and with that not adapt it.
     assert written(tmp_path)["task_type"] is None and written(tmp_path)["modules_to_save"] is None
-    torch.testing.assert_close(outputs(load_with_peft(name, tmp_path)), outputs(model), rtol=1e-6, atol=1e-6)
+    assert_models_agree(load_with_peft(name, tmp_path), model, outputs)
 
 
 def test_adapters_of_sixteen_bits_stay_so(tmp_path):

@@ -15,6 +15,7 @@ from families import (
     reference_backend,  # noqa: F401
     snapshot,
 )
+from helpers_errors import assert_models_agree
 from helpers_peft import build, load_with_peft, lora_layers, outputs, written
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -72,7 +73,7 @@ def test_what_peft_saved_computes_the_same_here(case, through, tmp_path):
         assert state_of(model).config.lora_dropout == options.get("lora_dropout", 0.0)
     else:
         model = hlk.apply_heterolora(build(name), hlk.HeteroLoraConfig(init_from=tmp_path / "peft", r=7, search="off"))
-    torch.testing.assert_close(outputs(model), expected, rtol=1e-6, atol=1e-6)
+    assert_models_agree(model, made, outputs, expected)
     assert (expected - outputs(build(name))).norm() > 0.01 * expected.norm()
     config, paths = state_of(model).config, state_of(model).paths
     assert config.init_from is None
@@ -86,28 +87,28 @@ def test_what_peft_saved_computes_the_same_here(case, through, tmp_path):
     assert {n: (p.r, p.scaling) for n, p in again.items()} == scalings
     # And back again.
     hlk.save_adapter(model, tmp_path / "again", "peft")
-    torch.testing.assert_close(outputs(load_with_peft(name, tmp_path / "again")), expected, rtol=1e-6, atol=1e-6)
+    assert_models_agree(load_with_peft(name, tmp_path / "again"), made, outputs, expected)
 
 
 def test_what_peft_saved_can_be_loaded_into_a_patched_model(tmp_path):
-    expected = outputs(made_by_peft("bert_sequence", tmp_path, r=3, lora_alpha=7, target_modules=["query"], task_type="SEQ_CLS"))
+    made = made_by_peft("bert_sequence", tmp_path, r=3, lora_alpha=7, target_modules=["query"], task_type="SEQ_CLS")
     model = patch(build("bert_sequence"), shortcuts=(), r=3, lora_alpha=7, target_modules=["query"])
     search = hlk.RankSearch(model)
     search.apply({search.paths[0]: 1})
     parameters = [id(parameter) for parameter in model.parameters()]
     assert hlk.load_adapter(model, tmp_path) is model
-    torch.testing.assert_close(outputs(model), expected, rtol=1e-6, atol=1e-6)
+    assert_models_agree(model, made, outputs)
     assert set(search.ranks.values()) == {3} and [id(parameter) for parameter in model.parameters()] == parameters
 
 
 def test_shortcuts_and_search_come_from_the_config(tmp_path):
-    expected = outputs(made_by_peft("llama", tmp_path, r=3, lora_alpha=7, target_modules=["q_proj"], rank_pattern={"1": 2}))
+    made = made_by_peft("llama", tmp_path, r=3, lora_alpha=7, target_modules=["q_proj"], rank_pattern={"1": 2})
     model = hlk.apply_heterolora(build("llama"), hlk.HeteroLoraConfig(
         init_from=tmp_path, r=5, shortcuts="all", shortcut_alpha=4, use_rslora=True, search="dynamic", interval=3,
         lora_dropout=0.1, target_modules=["v_proj"], rank_pattern={"v_proj": 2}, exclude_modules=["q_proj"]))
     state = state_of(model)
     # lora_B of a shortcut begins at 0.
-    torch.testing.assert_close(outputs(model), expected, rtol=1e-6, atol=1e-6)
+    assert_models_agree(model, made, outputs)
     lora = {path.name for path in state.paths.values() if path.site is None}
     assert lora == {f"model.layers.{i}.self_attn.q_proj" for i in range(LAYERS)}
     assert len(state.paths) == LAYERS + 4 * LAYERS - 1
@@ -139,7 +140,7 @@ def test_ways_to_draw_first_weights_that_leave_the_base_alone(tmp_path):
                 if "lora_B" in name:
                     parameter.add_(0.1)
         model.save_pretrained(str(tmp_path))
-        torch.testing.assert_close(outputs(hlk.load_adapter(build("llama"), tmp_path)), outputs(model), rtol=1e-6, atol=1e-6)
+        assert_models_agree(hlk.load_adapter(build("llama"), tmp_path), model, outputs)
 
 
 # ---- what cannot be read ----
@@ -215,9 +216,9 @@ def test_missing_fields_are_named(adapter):
 
 
 def test_fields_that_are_optional_may_be_missing(adapter):
-    expected = outputs(load_with_peft("llama", adapter))
+    made = load_with_peft("llama", adapter)
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 3, "lora_alpha": 7}))
-    torch.testing.assert_close(outputs(hlk.load_adapter(build("llama"), adapter)), expected, rtol=1e-6, atol=1e-6)
+    assert_models_agree(hlk.load_adapter(build("llama"), adapter), made, outputs)
 
 
 def changed_tensors(folder, change) -> None:
@@ -267,11 +268,11 @@ def test_tensors_that_do_not_fit_a_patched_model_are_named(adapter):
 
 
 def test_base_weights_that_the_adapter_repeats_are_taken_for_what_they_are(adapter):
-    expected, base = outputs(load_with_peft("llama", adapter)), build("llama")
+    made, base = load_with_peft("llama", adapter), build("llama")
     changed_tensors(adapter, lambda t: t.update({
         "base_model.model.lm_head.weight": base.lm_head.weight.detach().clone(),
         A0.replace("lora_A.weight", "base_layer.weight"): base.model.layers[0].self_attn.q_proj.weight.detach().clone()}))
-    torch.testing.assert_close(outputs(hlk.load_adapter(build("llama"), adapter)), expected, rtol=1e-6, atol=1e-6)
+    assert_models_agree(hlk.load_adapter(build("llama"), adapter), made, outputs)
 
 
 HEAD = "base_model.model.classifier"
