@@ -34,7 +34,7 @@ def assert_models_agree(model: nn.Module, other: nn.Module, outputs: Callable[[n
     """Two models of one function: by the root mean square of all outputs, for errors of early layers travel through later ones.
 
     The other's outputs in its own dtype are the yardstick, in float64 the truth; three times its error is allowed, as in a
-    backward, and a rounding unit.
+    backward, and a rounding unit or some.
 
     Args:
         expected: the other's outputs, where they were computed before.
@@ -44,5 +44,7 @@ def assert_models_agree(model: nn.Module, other: nn.Module, outputs: Callable[[n
     value = outputs(model)
     assert bool(torch.isfinite(value).all())
     error, usual = ((each.double() - truth).norm().item() for each in (value, yardstick))
-    limit = 3 * usual + torch.finfo(value.dtype).eps * truth.norm().item()
+    # Of few numbers the yardstick is exact by chance more often.
+    units = 1 if truth.numel() >= 64 else 4
+    limit = 3 * usual + units * torch.finfo(value.dtype).eps * truth.norm().item()
     assert error <= limit, f"error {error:.3g}, allowed {limit:.3g}"
