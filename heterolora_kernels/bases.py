@@ -121,6 +121,9 @@ def why_never(module: nn.Module, parent: nn.Module | None) -> str | None:
     if getattr(getattr(base_tensor(module), "quant_state", None), "packing_format_for_cpu", False):
         return ("bitsandbytes has packed its weight for inference on the CPU, in a forward without gradients in eval mode, and "
                 "it has no backward any more: load the model anew")
+    if type(module) is nn.Linear and getattr(getattr(module, "quantization_status", None), "value", None) == "compressed":
+        return ("compressed-tensors decompresses it in the model's first forward and exchanges its tensors: call the model once, "
+                "then patch it, or load it with CompressedTensorsConfig(dequantize=True)")
     if is_conv1d(module) or is_quantised_linear(module):
         return None
     if is_experts(module):
