@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from heterolora_kernels.distributed import is_dtensor
 
@@ -84,8 +85,9 @@ def _has_scaled_matrix(module: nn.Module) -> bool:
 
 def is_experts(module: nn.Module) -> bool:
     """Tell whether a module holds the weights of several linears in one tensor."""
-    return not isinstance(module, nn.modules.conv._ConvNd) and any(
-        (p.dim() == 3 or p.dim() > 3 and is_quantised(p)) and p.shape[0] > 1
+    # Kernels of convolutions, bare or in a weight_norm; factors of [n, 1, 1] and positions of [1, 1, n] are no matrices.
+    return not isinstance(module, (nn.modules.conv._ConvNd, parametrize.ParametrizationList)) and any(
+        (p.dim() == 3 or p.dim() > 3 and is_quantised(p)) and min(p.shape[:3]) > 1
         for p in module._parameters.values() if p is not None and not isinstance(p, nn.parameter.UninitializedParameter))
 
 
