@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from heterolora_kernels.distributed import is_dtensor
 
@@ -84,8 +85,9 @@ def _has_scaled_matrix(module: nn.Module) -> bool:
 
 def is_experts(module: nn.Module) -> bool:
     """Tell whether a module holds the weights of several linears in one tensor."""
-    return not isinstance(module, nn.modules.conv._ConvNd) and any(
-        (p.dim() == 3 or p.dim() > 3 and is_quantised(p)) and p.shape[0] > 1
+    # Kernels of convolutions, bare or in a weight_norm; factors of [n, 1, 1] and positions of [1, 1, n] are no matrices.
+    return not isinstance(module, (nn.modules.conv._ConvNd, parametrize.ParametrizationList)) and any(
+        (p.dim() == 3 or p.dim() > 3 and is_quantised(p)) and min(p.shape[:3]) > 1
         for p in module._parameters.values() if p is not None and not isinstance(p, nn.parameter.UninitializedParameter))
 
 
@@ -121,6 +123,9 @@ def why_never(module: nn.Module, parent: nn.Module | None) -> str | None:
     if getattr(getattr(base_tensor(module), "quant_state", None), "packing_format_for_cpu", False):
         return ("bitsandbytes has packed its weight for inference on the CPU, in a forward without gradients in eval mode, and "
                 "it has no backward any more: load the model anew")
+    if type(module) is nn.Linear and getattr(getattr(module, "quantization_status", None), "value", None) == "compressed":
+        return ("compressed-tensors decompresses it in the model's first forward and exchanges its tensors: call the model once, "
+                "then patch it, or load it with CompressedTensorsConfig(dequantize=True)")
     if is_conv1d(module) or is_quantised_linear(module):
         return None
     if is_experts(module):

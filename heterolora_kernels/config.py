@@ -90,8 +90,8 @@ class HeteroLoraConfig:
         lora_alpha: scaling is ``lora_alpha / r`` (``lora_alpha / sqrt(r)`` with ``use_rslora``) and stays so when fewer
             rows are active.
         lora_dropout: probability in [0, 1) of dropping an element of a path's source.
-        target_modules: ``"all-linear"`` (every linear but output embeddings and heads), a list of names or name suffixes,
-            or one regular expression that a whole name has to match.
+        target_modules: ``"all-linear"`` (every linear but output embeddings and heads; a warning names what cannot be
+            adapted), a list of names or name suffixes, or one regular expression that a whole name has to match.
         exclude_modules: the same forms; what matches gets no LoRA.
         modules_to_save: last parts of the names of modules that stay trainable; None means ``score`` and ``classifier``
             where the model has them.

@@ -95,6 +95,10 @@ def why_not_swappable(module: nn.Module, may_be_wrapped: bool = False) -> str | 
     if any(getattr(each, "offload", False) for each in getattr(hook, "hooks", [hook])):
         return ("is offloaded by accelerate, which brings in only the weights it knew before: load the model without offloading "
                 "(a device_map whose modules all have one device), then patch it")
+    if any(not isinstance(table, dict) and any(table[name] is not table[name] for name in table)
+           for table in (module._parameters, module._buffers)):
+        return ("is offloaded: its tensors are copied to their device when they are read, and adapters would be copies too; load "
+                "the model without offloading, then patch it")
     if HIDDEN in module.__dict__ and not is_swapped(module):
         return "has a forward in the instance that still calls the one of an earlier patch: remove that wrapper first"
     if hidden_by(module) is not None and not may_be_wrapped:

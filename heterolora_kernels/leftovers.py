@@ -32,7 +32,7 @@ def _listed(patterns: Mapping[str, list[str]]) -> str:
 
 def tell_left(model: nn.Module, left: Mapping[str, str]) -> str:
     """The warning about modules that stay without adapters, with their share of the model's parameters."""
-    inside = {id(t): t for name in left for m in model.get_submodule(name).modules() for t in _weights(m)}
+    inside = {id(t): t for name in left for t in _weights(model.get_submodule(name))}
     everything = {id(t): t for module in model.modules() for t in _weights(module)}
     share = sum(map(_size, inside.values())) / max(1, sum(map(_size, everything.values())))
     return (f"{len(left)} module{'s' * (len(left) > 1)} with {100 * share:.3g} % of the model's parameters "

@@ -156,10 +156,14 @@ def _on_stand_ins(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[Calla
         warnings.simplefilter("ignore")
         generator = torch.Generator("cpu" if device.type == "cpu" else device).manual_seed(1)
         for each in module.modules():
-            for table in (each._parameters, each._buffers, each.__dict__):
-                for name, tensor in list(table.items()):
-                    if isinstance(tensor, Tensor):
-                        table[name] = _stand_in(tensor, dtype, device, generator)
+            # New tables, not new entries: writing to one that is no dict may write to the tensors in it.
+            for own in (each.__dict__, each._parameters, each._buffers):
+                made = {name: _stand_in(tensor, dtype, device, generator) if isinstance(tensor, Tensor) else tensor
+                        for name, tensor in own.items()}
+                if own is each.__dict__:
+                    own.update(made)
+                else:
+                    each.__dict__["_parameters" if own is each._parameters else "_buffers"] = made
             for hooks in (each._forward_hooks, each._forward_pre_hooks, each._backward_hooks, each._backward_pre_hooks):
                 hooks.clear()
         # The hook of accelerate is not asked: it would bring the tensors that it knows.

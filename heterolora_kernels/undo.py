@@ -79,6 +79,9 @@ def structure_of(model: nn.Module) -> Undo:
     kept = [(module, type(module), dict(module.__dict__),
              [(table, dict(table)) for table in module.__dict__.values() if isinstance(table, dict)])
             for module in model.modules()]
+    # compressed-tensors keeps tensors in mappings of its own, which move what they give out.
+    others = [(table, set(table)) for module in model.modules() for table in (module._parameters, module._buffers)
+              if not isinstance(table, dict)]
 
     def undo() -> None:
         for module, cls, attributes, tables in kept:
@@ -88,6 +91,9 @@ def structure_of(model: nn.Module) -> Undo:
             for table, entries in tables:
                 table.clear()
                 table.update(entries)
+        for table, names in others:
+            for name in set(table) - names:
+                del table[name]
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
     return undo

@@ -10,6 +10,7 @@ import random
 import re
 import types
 import warnings
+from collections.abc import MutableMapping
 
 import accelerate
 import pytest
@@ -585,3 +586,55 @@ def test_quantised_linear_with_a_forward_in_the_instance():
     patch_silently(model)
     torch.testing.assert_close(model(x), base + delta(model[0], x))
     assert torch.equal(hlk.remove_heterolora(model)(x), base)
+
+
+def test_tensors_of_three_dimensions_that_are_no_matrices_are_not_told():
+    model = Several()
+    model.scale, model.positions = nn.Module(), nn.Module()
+    model.scale.factor, model.positions.table = nn.Parameter(torch.ones(4, 1, 1)), nn.Parameter(torch.ones(7, 1, 4))
+    model.conv = nn.utils.parametrizations.weight_norm(nn.Conv1d(2, 3, 2))
+    patch_silently(model, exclude_modules=["router"])
+
+
+def test_tensors_in_a_mapping_of_their_own_are_not_written_to(monkeypatch):
+    """As compressed-tensors keeps them: an assignment writes into the tensor that is there."""
+    class Mapping(MutableMapping):
+        def __init__(self, own, copies):
+            self.own, self.copies = dict(own), copies
+
+        def __getitem__(self, name):
+            return nn.Parameter(self.own[name].detach().clone()) if self.copies else self.own[name]
+
+        def __setitem__(self, name, value):
+            if self.own.get(name) is not None and value is not None and self.own[name].shape == value.shape:
+                with torch.no_grad():
+                    self.own[name].copy_(value)
+            else:
+                self.own[name] = value
+
+        def __delitem__(self, name):
+            del self.own[name]
+
+        def __iter__(self):
+            return iter(self.own)
+
+        def __len__(self):
+            return len(self.own)
+
+    model, x = nn.Sequential(nn.Linear(IN, IN), fake_quantise(nn.Linear(IN, OUT))), torch.randn(3, IN)
+    base, version = model(x), model[1].weight._version
+    model[1]._parameters = Mapping(model[1]._parameters, copies=False)
+    with monkeypatch.context() as patched:
+        patched.setattr("heterolora_kernels.patching._ledger_rows", lambda state: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            patch(model)
+    assert list(model[1]._parameters) == ["weight", "bias"]
+    patch_silently(model, init_B="zeros")
+    assert isinstance(model[1], PatchedQuantised) and torch.equal(model(x), base)
+    hlk.remove_heterolora(model)
+    assert torch.equal(model(x), base) and model[1].weight._version == version
+    assert list(model[1]._parameters) == ["weight", "bias"]
+    # Adapters would be copies as well, and never learn.
+    model[1]._parameters.copies = True
+    with pytest.warns(UserWarning, match=r"1 \[Linear\]: is offloaded"):
+        patch(model)
