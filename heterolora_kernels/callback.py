@@ -23,12 +23,10 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from heterolora_kernels.files import decode, encode
 from heterolora_kernels.patching import count_parameters
-from heterolora_kernels.peft_format import ADAPTER_NAMES
-from heterolora_kernels.planning import is_below
 from heterolora_kernels.save_and_load import NATIVE_NAME, write_native
 from heterolora_kernels.scoring import LossFunction, Metric, default_loss, inputs_of, loss_in
 from heterolora_kernels.search import RankSearch
-from heterolora_kernels.state import HeteroLoraState, state_of, unwrap
+from heterolora_kernels.state import ADAPTER_NAMES, HeteroLoraState, state_of, unwrap
 
 #: What the Trainer looks for in a checkpoint.
 _WEIGHTS_NAME = "model.safetensors"
@@ -266,7 +264,7 @@ class _TrainerSide:
 
     def _is_own(self, name: str) -> bool:
         owner, _, leaf = name.rpartition(".")
-        return leaf in ADAPTER_NAMES or is_below(owner, state_of(self._model).config.heads)
+        return leaf in ADAPTER_NAMES or state_of(self._model).heads.holds(owner)
 
 
 def _check_trl(model: nn.Module, state: HeteroLoraState, args: TrainingArguments) -> None:

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, field, fields
 import torch
 
 SHORTCUT_SITES = ("residual_1", "residual_2", "shortcut_sa", "shortcut_ffn")
-DEFAULT_HEADS = ("score", "classifier")
+#: Names that transformers gives to heads that it makes anew for a task.
+DEFAULT_HEADS = ("score", "classifier", "qa_outputs", "classification_head")
 
 _MODES = ("lora_only", "combined", "separated")
 _SEARCHES = ("dynamic", "static", "off")
@@ -93,8 +94,10 @@ class HeteroLoraConfig:
         target_modules: ``"all-linear"`` (every linear but output embeddings and heads; a warning names what cannot be
             adapted), a list of names or name suffixes, or one regular expression that a whole name has to match.
         exclude_modules: the same forms; what matches gets no LoRA.
-        modules_to_save: last parts of the names of modules that stay trainable; None means ``score`` and ``classifier``
-            where the model has them.
+        layers_to_transform: number or numbers of the layers in which a list of ``target_modules`` selects; None: all.
+        layers_pattern: names before the number of a layer; None: any.
+        modules_to_save: ends of the names of modules that are trained as they are; None means heads that are made for a task:
+            ``score``, ``classifier``, ``qa_outputs``, ``classification_head``, and whatever the checkpoint holds nothing of.
         rank_pattern, alpha_pattern: ``{name, suffix or regular expression: value}``; a rank of 0 leaves the module out.
         use_rslora: scaling ``lora_alpha / sqrt(r)``.
         adapter_dtype: torch dtype or its name; None: float32 under a 16-bit base, else the base's dtype.
@@ -143,6 +146,8 @@ class HeteroLoraConfig:
     target_modules: str | Sequence[str] = "all-linear"
     exclude_modules: str | Sequence[str] = ()
     modules_to_save: Sequence[str] | None = None
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_rslora: bool = False
@@ -228,6 +233,7 @@ class HeteroLoraConfig:
                 if not all(isinstance(entry, str) for entry in value):
                     raise TypeError(f"{name} must hold strings, got {value!r}")
                 setattr(self, name, value)
+        self._check_layers()
         if len(self.target_modules) == 0 and not self.shortcuts:
             raise ValueError("target_modules is empty and shortcuts are off: nothing would be adapted")
         for key, value in self.rank_pattern.items():
@@ -238,6 +244,28 @@ class HeteroLoraConfig:
             _check_regex("alpha_pattern", key)
             if not _is_number(value) or not 0 < value < math.inf:
                 raise ValueError(f"alpha_pattern[{key!r}] must be a finite number > 0, got {value!r}")
+
+    def _check_layers(self) -> None:
+        layers, pattern = self.layers_to_transform, self.layers_pattern
+        if layers is not None and not _is_int(layers):
+            layers = tuple(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else (layers,)
+            if not all(map(_is_int, layers)):
+                raise TypeError(f"layers_to_transform must be an int or a list of them, got {self.layers_to_transform!r}")
+            self.layers_to_transform = layers
+        if layers not in (None, ()) and isinstance(self.target_modules, str):
+            raise ValueError("layers_to_transform needs target_modules to be a list of names: a regular expression or 'all-linear' "
+                             f"says itself which layers it means, got {self.target_modules!r}")
+        if isinstance(pattern, str):
+            pattern = (pattern,) if pattern else ()
+        if pattern is not None:
+            pattern = tuple(pattern) if isinstance(pattern, Iterable) else (pattern,)
+            if not all(isinstance(entry, str) for entry in pattern):
+                raise TypeError(f"layers_pattern must be a name or a list of names, got {self.layers_pattern!r}")
+            for entry in pattern:
+                _check_regex("layers_pattern", entry)
+            if pattern and layers is None:
+                raise ValueError("layers_pattern needs layers_to_transform, the numbers of the layers")
+            self.layers_pattern = pattern
 
     def _check_shortcuts(self) -> None:
         if self.shortcuts == "all":
@@ -333,7 +361,7 @@ class HeteroLoraConfig:
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """Last name parts of the modules that stay trainable."""
+        """Ends of the names of the modules that stay trainable; those made anew under other names are not among them."""
         return DEFAULT_HEADS if self.modules_to_save is None else tuple(self.modules_to_save)
 
     @property

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from heterolora_kernels import distributed
 from heterolora_kernels.bases import base_tensor
+from heterolora_kernels.beside import Beside
 from heterolora_kernels.config import HeteroLoraConfig
 from heterolora_kernels.grouping import GROUPS, LinearGroup
+from heterolora_kernels.heads import find_heads
 from heterolora_kernels.instances import check_swappable, is_swapped, restore_class, swap_class
 from heterolora_kernels.layers import (
     PatchedConv1D,
@@ -33,20 +35,18 @@ from heterolora_kernels.layers import (
 )
 from heterolora_kernels.ops.ledger import Collector, Ledger
 from heterolora_kernels.packing import PackBudget, Packs
-from heterolora_kernels.peft_format import ADAPTER_NAMES, read_peft
+from heterolora_kernels.peft_format import read_peft
 from heterolora_kernels.planning import (
     PlannedLayer,
     PlannedPath,
-    check_heads,
     check_shortcut_layers,
     find_targets,
-    is_below,
     plan_layers,
     plan_lora,
     plan_shortcuts,
 )
 from heterolora_kernels.sites import SHORTCUTS, Carrier, LayerState, PatchedLayer, PatchedStack
-from heterolora_kernels.state import STATE_NAME, HeteroLoraState, is_patched, state_of, unwrap
+from heterolora_kernels.state import ADAPTER_NAMES, STATE_NAME, HeteroLoraState, is_patched, state_of, unwrap
 from heterolora_kernels.structure import Structure
 from heterolora_kernels.trials import ANY_NAME, CONV1D, ITSELF, PLAIN, WRAPPED, judge
 from heterolora_kernels.undo import structure_of, undone_on_failure
@@ -199,10 +199,10 @@ class _Patcher:
                 states[name].groups = groups
 
     def _freeze(self) -> None:
+        heads = self.state.heads.parameters(self.model)
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            owner, _, leaf = name.rpartition(".")
-            if leaf not in ADAPTER_NAMES:
-                parameter.requires_grad_(is_below(owner, self.config.heads) and parameter.is_floating_point())
+            if name.rpartition(".")[2] not in ADAPTER_NAMES:
+                parameter.requires_grad_(id(parameter) in heads and parameter.is_floating_point())
 
 
 #: How the paths of a module are run, by what it computes; of any other they join the output, as of a norm.
@@ -269,8 +269,8 @@ def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
         raise ValueError(f"init_from: {error}") from error
     if adapter is not None:
         config = adapter.adopted_by(model, config)
-    targets = find_targets(model, config) if len(config.target_modules) > 0 else {}
-    check_heads(model, config)
+    heads = find_heads(model, config)
+    targets = find_targets(model, config, heads) if len(config.target_modules) > 0 else {}
     lora = plan_lora(targets, config)
     layers = plan_layers(model, config) if config.shortcuts else []
     if config.shortcuts:
@@ -289,7 +289,8 @@ def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
         check_swappable(next(name for name, module in modules.items() if module is layer.stack), layer.stack)
 
     flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-    state = HeteroLoraState(config, Switches(Ledger({}), packing=PackBudget(config.pack)), requires_grad=flags)
+    state = HeteroLoraState(config, Switches(Ledger({}), packing=PackBudget(config.pack)), requires_grad=flags,
+                            heads=heads, beside=Beside(model))
     with undone_on_failure(state.step_hooks.remove), undone_on_failure(structure_of(model)):
         model.__dict__[STATE_NAME] = state
         _Patcher(model, config, state).run(lora, layers, shortcuts)
@@ -428,15 +429,14 @@ def reference_model(model: nn.Module) -> nn.Module:
         # A closure over the patched model's own forward, which a copy would still call.
         raise ValueError("model has a forward in the instance, as a trainer puts one there: make the reference model before the "
                          "trainer") from error
-    heads = state_of(model).config.heads
-    twin = copy.deepcopy(model, {id(parameter): parameter for name, parameter in model.named_parameters(remove_duplicate=False)
-                                 if not is_below(name.rpartition(".")[0], heads)})
+    heads = state_of(model).heads
+    own = heads.parameters(model)
+    twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters() if id(parameter) not in own})
     # The flags of shared parameters are the patched model's.
     state_of(twin).requires_grad.clear()
     remove_heterolora(twin)
-    for name, parameter in twin.named_parameters():
-        if is_below(name.rpartition(".")[0], heads):
-            parameter.requires_grad_(False)
+    for parameter in heads.parameters(twin).values():
+        parameter.requires_grad_(False)
     return twin.eval()
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,17 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from heterolora_kernels.bases import is_conv1d
+from heterolora_kernels.beside import peft_modules
 from heterolora_kernels.config import HeteroLoraConfig
 from heterolora_kernels.distributed import full
 from heterolora_kernels.files import field_of, find_folder, read_json, read_tensors
+from heterolora_kernels.heads import Heads
 from heterolora_kernels.layers import Path
-from heterolora_kernels.planning import is_below
+from heterolora_kernels.state import ADAPTER_NAMES, HeteroLoraState
 from heterolora_kernels.undo import undone_on_failure, values_of
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-#: Leaves of the names of a path's tensors.
-ADAPTER_NAMES = ("lora_A", "lora_B", "lora_mask")
 
 _PREFIX = "base_model.model."
 #: Fields that do not change what an adapter computes; ``*_config`` of ways to draw the first weights among them.
@@ -99,7 +100,7 @@ class PeftAdapter:
             raise ValueError(f"{self.weights} has tensors of {len(lost)} modules that the model does not have: "
                              f"{', '.join(f'{name}.lora_A' for name in lost[:3])}{', ...' if len(lost) > 3 else ''}")
         self.check_others(model)
-        names = tuple(dict.fromkeys(name.rpartition(".")[2] for name in self.head_modules))
+        names = self.head_entries(model)
         self._check_heads(model, names)
         heads = config.modules_to_save
         if names:
@@ -116,6 +117,10 @@ class PeftAdapter:
             alpha_pattern=exact_pattern({name: alpha(module) for name, module in self.modules.items()}, config.lora_alpha),
             modules_to_save=heads)
 
+    def head_entries(self, model: nn.Module) -> tuple[str, ...]:
+        """The file's ``modules_to_save`` that select something in the model."""
+        return Heads(model, self.config.get("modules_to_save") or ()).entries if self.heads else ()
+
     def check_others(self, model: nn.Module) -> None:
         """Base weights that PEFT saved beside the adapter may only repeat the model's."""
         tensors = model.state_dict()
@@ -127,7 +132,8 @@ class PeftAdapter:
 
     def _check_heads(self, model: nn.Module, names: Sequence[str]) -> None:
         own = own_tensors(model)
-        below = {name for name in own if is_below(name.rpartition(".")[0], names)}
+        heads = Heads(model, names)
+        below = {name for name in own if heads.has(name)}
         odd = sorted(below ^ set(self.heads))
         if odd:
             raise ValueError(f"{self.weights}: tensors of modules_to_save do not fit the model: {odd[0]!r} is "
@@ -136,7 +142,24 @@ class PeftAdapter:
             if own[name].shape != tensor.shape:
                 raise ValueError(f"{self.weights}: tensor {name!r} has shape {list(tensor.shape)}, and the model takes "
                                  f"{list(own[name].shape)}")
-        check_unshared(model, self.heads)
+        self.check_ties(model)
+
+    def check_ties(self, model: nn.Module) -> None:
+        """Hold the ends of a tied parameter to be in the file together, with one value: here they are one tensor, in PEFT two.
+
+        Raises:
+            ValueError: names both.
+        """
+        if not self.config.get("ensure_weight_tying"):
+            check_unshared(model, self.heads)
+        first: dict[int, str] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if name not in self.heads:
+                continue
+            other = first.setdefault(id(parameter), name)
+            if not torch.equal(self.heads[name], self.heads[other]):
+                raise ValueError(f"{self.weights}: {other!r} and {name!r} have other values, and in this model they are one "
+                                 "parameter: load the base with tie_word_embeddings=False")
 
     def copy_into(self, model: nn.Module, paths: Mapping[str, Path]) -> None:
         """Write the weights into the paths of the model, patched with :meth:`adopted_by`'s config, and into its heads.
@@ -343,11 +366,28 @@ def class_names(model: nn.Module) -> list[str]:
     return [str(labels[index]) for index in sorted(labels)]
 
 
-def heads_to_save(model: nn.Module, config: HeteroLoraConfig, paths: Iterable[Path]) -> list[str]:
-    """Names of the heads that the model has: the config's, and those that PEFT expects with the task unless a path is in them."""
+def heads_to_save(model: nn.Module, state: HeteroLoraState, paths: Sequence[Path]) -> list[str]:
+    """``modules_to_save`` for PEFT: the heads, modules that share a parameter with one or were trained beside the adapters, and heads
+    that PEFT expects with the task unless a path is in them.
+
+    Raises:
+        ValueError: names what PEFT cannot save.
+    """
     expected = [head for head in _task_heads(model) if not any(_is_in(path.name, _heads(model, [head])) for path in paths)]
-    present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    return list(dict.fromkeys((*(head for head in config.heads if head in present), *expected)))
+    names = [path.name for path in paths]
+    beside, lost = peft_modules(model, state.beside.tensors(model, state.is_own), names)
+    if lost:
+        raise ValueError(f"format 'peft' cannot hold {lost[0]!r} ({len(lost)} in all), which was trained beside the adapters: PEFT saves "
+                         "whole modules without adapters; use format='native' or 'merged', or drop_heads=True for the base's own")
+    ends = state.heads.other_ends(model)
+    if ends:
+        warnings.warn(f"{', '.join(ends)}: tied to a head ({', '.join(sorted(set(ends.values())))}), and saved as often as it has "
+                      "names: PEFT loads separate tensors, equal until they are trained on", stacklevel=4)
+    tied, impossible = peft_modules(model, ends, names)
+    if impossible:
+        raise ValueError(f"format 'peft' cannot hold {impossible[0]!r}, which is tied to the head {ends[impossible[0]]!r} and has an "
+                         "adapter; use format='native'")
+    return list(dict.fromkeys((*state.heads.entries, *tied, *beside, *expected)))
 
 
 def _task_heads(model: nn.Module) -> list[str]:

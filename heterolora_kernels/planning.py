@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,30 +10,11 @@ from torch import nn
 
 from heterolora_kernels.bases import features, is_experts, looks_linear
 from heterolora_kernels.config import HeteroLoraConfig, Site
+from heterolora_kernels.heads import Heads
 from heterolora_kernels.leftovers import describe_left, tell_left
+from heterolora_kernels.matching import is_excluded, is_target, matches, pattern_value
 from heterolora_kernels.sites import SHORTCUTS, SITES, site_of, why_refused
 from heterolora_kernels.trials import forget, judge
-
-
-def _matches(name: str, patterns: str | Sequence[str]) -> bool:
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
-    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
-
-
-def _pattern_value(name: str, pattern: Mapping[str, float], default):
-    """The value of the key that is the name, else of the first that is a suffix of it or that its end matches (PEFT's rule)."""
-    if name in pattern:
-        return pattern[name]
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return value
-    return default
-
-
-def is_below(name: str, heads: Sequence[str]) -> bool:
-    """Whether a module is one of the heads or lies below one."""
-    return any(part in heads for part in name.split("."))
 
 
 def _output_embeddings(model: nn.Module) -> set[int]:
@@ -47,11 +27,11 @@ def _output_embeddings(model: nn.Module) -> set[int]:
     return {id(found)} if found is not None else set()
 
 
-def find_targets(model: nn.Module, config: HeteroLoraConfig) -> dict[str, nn.Module]:
+def find_targets(model: nn.Module, config: HeteroLoraConfig, heads: Heads) -> dict[str, nn.Module]:
     """``{name: module}`` of the linears that get LoRA; a warning names what ``"all-linear"`` leaves."""
     forget()
     modules = dict(model.named_modules())
-    everything = config.target_modules == "all-linear"
+    everything = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     # Each entry of a list is held to match something; a regular expression is one entry.
     entries = () if isinstance(config.target_modules, str) else config.target_modules
     head = _output_embeddings(model)
@@ -61,13 +41,14 @@ def find_targets(model: nn.Module, config: HeteroLoraConfig) -> dict[str, nn.Mod
             continue
         parent = modules[name.rpartition(".")[0]]
         if everything:
-            wanted = _is_of_all(module) and id(module) not in head and not is_below(name, config.heads)
+            wanted = _is_of_all(module) and id(module) not in head and not heads.holds(name)
         else:
-            wanted = _matches(name, config.target_modules)
+            wanted = is_target(name, config)
         if not wanted:
             continue
-        touched.update(entry for entry in entries if _matches(name, (entry,)))
-        if _matches(name, config.exclude_modules):
+        touched.update(entry for entry in entries if matches(name, (entry,)))
+        # A head that is named is trained whole; one that is only a default may be adapted.
+        if is_excluded(name, config) or (config.modules_to_save is not None and heads.holds(name)):
             continue
         reason = judge(module, parent).reason
         if reason is None:
@@ -87,7 +68,7 @@ def find_targets(model: nn.Module, config: HeteroLoraConfig) -> dict[str, nn.Mod
                          f"{' that exclude_modules leaves' if len(config.exclude_modules) else ''}; the model's linears are "
                          f"called {names}")
     unused = [] if isinstance(config.exclude_modules, str) else [
-        pattern for pattern in config.exclude_modules if not any(_matches(name, (pattern,)) for name in modules)]
+        pattern for pattern in config.exclude_modules if not any(matches(name, (pattern,)) for name in modules)]
     if unused:
         warnings.warn(f"exclude_modules: {unused} match no module of the model", stacklevel=3)
     missed = [entry for entry in entries if entry not in touched]
@@ -199,21 +180,12 @@ def plan_shortcuts(layers: Sequence[PlannedLayer], config: HeteroLoraConfig) -> 
 def plan_lora(targets: Mapping[str, nn.Module], config: HeteroLoraConfig) -> list[PlannedPath]:
     for field_name in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, field_name):
-            if not any(_pattern_value(name, {key: True}, False) for name in targets):
+            if not any(pattern_value(name, {key: True}, False) for name in targets):
                 raise ValueError(f"{field_name}: {key!r} matches no adapted module")
     planned = []
     for name, module in targets.items():
-        r = _pattern_value(name, config.rank_pattern, config.r)
+        r = pattern_value(name, config.rank_pattern, config.r)
         if r > 0:
-            planned.append(PlannedPath(name, None, r, _pattern_value(name, config.alpha_pattern, config.lora_alpha),
+            planned.append(PlannedPath(name, None, r, pattern_value(name, config.alpha_pattern, config.lora_alpha),
                                         *features(module)))
     return planned
-
-
-def check_heads(model: nn.Module, config: HeteroLoraConfig) -> None:
-    if config.modules_to_save is None:
-        return
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    missed = [head for head in config.modules_to_save if head not in names]
-    if missed:
-        raise ValueError(f"modules_to_save: {missed} match no module of the model")

@@ -14,24 +14,23 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 
 import torch
 from torch import Tensor, nn
 
-from heterolora_kernels import distributed, files, peft_format
+from heterolora_kernels import beside, distributed, files, peft_format
 from heterolora_kernels._version import __version__
 from heterolora_kernels.config import HeteroLoraConfig
 from heterolora_kernels.files import field_of
 from heterolora_kernels.layers import PatchedQuantised, Path
 from heterolora_kernels.merging import check_mergeable, merged_weight
 from heterolora_kernels.patching import apply_heterolora
-from heterolora_kernels.peft_format import ADAPTER_NAMES, PeftAdapter, heads_to_save, open_paths, own_tensors
-from heterolora_kernels.planning import is_below
-from heterolora_kernels.scoring import untouched
+from heterolora_kernels.peft_format import PeftAdapter, heads_to_save, open_paths, own_tensors
 from heterolora_kernels.search import RankSearch
-from heterolora_kernels.state import HeteroLoraState, is_patched, state_of, unwrap
+from heterolora_kernels.shortcut_effect import effect_of_shortcuts
+from heterolora_kernels.state import ADAPTER_NAMES, HeteroLoraState, is_patched, state_of, unwrap
 from heterolora_kernels.undo import structure_of, undone_on_failure, values_of
 
 NATIVE_NAME = "heterolora.json"
@@ -41,7 +40,6 @@ _FORMAT, _VERSION = "heterolora", 1
 _SAMPLES = 8
 #: Files of an earlier merged model, which a reader would prefer to the new ones.
 _MERGED = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
-_UNMEASURED = "what this does to the outputs was not measured; give batches= to know"
 
 #: Writes the files of one save into a folder.
 Writer = Callable[[FilePath], None]
@@ -91,7 +89,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, format: str = "
     state.reshard()
     write = _FORMATS[format](model, state, search=search, drop_heads=drop_heads)
     if shortcuts and format != "native":
-        warnings.warn(f"left out {len(shortcuts)} shortcuts: {_effect(model, state, batches)}", stacklevel=2)
+        warnings.warn(f"left out {len(shortcuts)} shortcuts: {effect_of_shortcuts(model, state, batches)}", stacklevel=2)
     if not distributed.is_first():
         return
     with files.replaced_folder(directory, lambda name: format == "merged" and _MERGED.fullmatch(name) is not None) as folder:
@@ -120,7 +118,7 @@ def peft_config(model: nn.Module) -> dict:
     paths = open_paths(state.paths.values())
     if not paths:
         raise ValueError("no LoRA path is active: there is nothing to describe")
-    return peft_format.describe(model, paths, state.config.lora_dropout, heads_to_save(model, state.config, paths))
+    return peft_format.describe(model, paths, state.config.lora_dropout, heads_to_save(model, state, paths))
 
 
 def _native(model: nn.Module, state: HeteroLoraState, *, search: RankSearch | None = None,
@@ -130,24 +128,36 @@ def _native(model: nn.Module, state: HeteroLoraState, *, search: RankSearch | No
     heads = {name: distributed.full(value) for name, value in _head_tensors(model, state).items()}
     tensors = {f"{path.name}.{leaf}": distributed.full(getattr(path.holder, leaf))
                for path in state.paths.values() for leaf in ADAPTER_NAMES}
+    others = {name: distributed.full(value) for name, value in state.beside.tensors(model, state.is_own).items()}
     content = {
         "format": _FORMAT, "format_version": _VERSION, "package_version": __version__,
-        "config": {**state.config.to_dict(), "init_from": None},
+        "config": {**state.config.to_dict(), "init_from": None, "modules_to_save": _entries(state)},
         "base": {"class": type(model).__name__, "name_or_path": peft_format.name_of(model),
                  "labels": peft_format.class_names(model),
                  "pad_token_id": getattr(getattr(model, "config", None), "pad_token_id", None),
                  "weights": {name: _sample(weight) for name, weight in _base_weights(model, state).items()}},
         "paths": {name: {"kind": path.kind, **_properties(path), "rank": sum(path.active_rows()),
                          "active": "".join("01"[on] for on in path.active_rows())} for name, path in state.paths.items()},
-        "heads": {name: {"dtype": _name_of(value.dtype), "shape": list(value.shape)} for name, value in heads.items()},
+        "heads": _described(heads), "others": _described(others), "tied": state.heads.other_ends(model),
         "search": None if search is None else files.encode(search.state_dict()),
     }
 
     def write(folder: FilePath) -> None:
-        files.write_tensors(folder / weights_name, {**tensors, **heads})
+        files.write_tensors(folder / weights_name, {**tensors, **heads, **others})
         weights = {"file": weights_name, "sha256": files.sha256_of(folder / weights_name)}
         files.write_json(folder / NATIVE_NAME, {**content, "weights": weights})
     return write
+
+
+def _entries(state: HeteroLoraState) -> list[str] | None:
+    """``modules_to_save`` that select these heads in any copy of the base, whether its checkpoint can be found or not."""
+    given = state.config.modules_to_save
+    is_known = given is None and all(entry in state.config.heads for entry in state.heads.entries)
+    return None if is_known else list(state.heads.entries if given is None else given)
+
+
+def _described(tensors: Mapping[str, Tensor]) -> dict[str, dict]:
+    return {name: {"dtype": _name_of(value.dtype), "shape": list(value.shape)} for name, value in tensors.items()}
 
 
 def _check_search(state: HeteroLoraState, search: RankSearch) -> None:
@@ -158,7 +168,7 @@ def _check_search(state: HeteroLoraState, search: RankSearch) -> None:
 
 
 def _head_tensors(model: nn.Module, state: HeteroLoraState) -> dict[str, Tensor]:
-    return {name: value for name, value in own_tensors(model).items() if is_below(name.rpartition(".")[0], state.config.heads)}
+    return {name: value for name, value in own_tensors(model).items() if state.heads.has(name)}
 
 
 def _properties(path: Path) -> dict:
@@ -174,9 +184,10 @@ def _name_of(dtype: torch.dtype) -> str:
 def _base_weights(model: nn.Module, state: HeteroLoraState) -> dict[str, Tensor]:
     """The frozen weights of the patched modules; quantised ones hold other numbers than the base that they were made from."""
     patched = {id(module) for module in state.linears}
+    trained = {*state.heads.parameters(model), *map(id, state.beside.parameters(model, state.is_own).values())}
     return {name: module.weight for name, module in model.named_modules()
             if id(module) in patched and isinstance(getattr(module, "weight", None), Tensor) and not module.weight.is_meta
-            and not isinstance(module, PatchedQuantised) and not is_below(name, state.config.heads)}
+            and not isinstance(module, PatchedQuantised) and id(module.weight) not in trained}
 
 
 def _sample(weight: Tensor) -> dict:
@@ -187,15 +198,15 @@ def _sample(weight: Tensor) -> dict:
 
 def _peft(model: nn.Module, state: HeteroLoraState, *, drop_heads: bool, **_) -> Writer:
     paths = open_paths(state.paths.values())
-    heads = [] if drop_heads else heads_to_save(model, state.config, paths)
+    heads = [] if drop_heads else heads_to_save(model, state, paths)
     return _peft_writer(peft_format.describe(model, paths, state.config.lora_dropout, heads),
                         peft_format.peft_tensors(model, paths, heads))
 
 
 def _vllm(model: nn.Module, state: HeteroLoraState, *, drop_heads: bool, **_) -> Writer:
-    heads = list(_head_tensors(model, state))
+    heads = [*_head_tensors(model, state), *state.beside.tensors(model, state.is_own)]
     if heads and not drop_heads:
-        raise ValueError(f"format 'vllm' cannot hold the trained heads ({heads[0]}, ...): vLLM refuses adapters with "
+        raise ValueError(f"format 'vllm' cannot hold what was trained beside adapters ({heads[0]}, ...): vLLM refuses adapters with "
                          "modules_to_save; use format='merged', or drop_heads=True for the base's own")
     paths = open_paths(state.paths.values())
     return _peft_writer(*peft_format.as_uniform(peft_format.describe(model, paths, state.config.lora_dropout, ()),
@@ -232,75 +243,6 @@ def _merged(model: nn.Module, state: HeteroLoraState, **_) -> Writer:
 _FORMATS: dict[str, Callable[..., Writer]] = {"native": _native, "peft": _peft, "vllm": _vllm, "merged": _merged}
 
 
-def _effect(model: nn.Module, state: HeteroLoraState, batches: Iterable[Mapping] | None) -> str:
-    """In words; the model is left as it was."""
-    if batches is not None:
-        return _measured(model, state, batches)
-    guessed = _random_batches(model)
-    try:
-        return f"{_measured(model, state, guessed)}, measured on random token ids" if guessed else _UNMEASURED
-    except Exception:
-        # That the model takes token ids was a guess.
-        return _UNMEASURED
-
-
-def _random_batches(model: nn.Module) -> list[dict[str, Tensor]]:
-    """A few sequences for a text model of transformers; none for any other."""
-    config = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    size = getattr(config, "vocab_size", None)
-    if not isinstance(size, int) or size < 1 or getattr(model, "main_input_name", None) != "input_ids":
-        return []
-    length = min(32, getattr(config, "max_position_embeddings", None) or 32)
-    generator = torch.Generator().manual_seed(0)
-    # One sequence a batch: a classifier without a padding token takes no more.
-    return [{"input_ids": torch.randint(size, (1, length), generator=generator, device="cpu")} for _ in range(4)]
-
-
-@torch.no_grad()
-def _measured(model: nn.Module, state: HeteroLoraState, batches: Iterable[Mapping]) -> str:
-    device = next(model.parameters()).device
-    difference, norm, losses = 0.0, 0.0, []
-    with untouched(model, state, batches, training=False):
-        for batch in batches:
-            if not isinstance(batch, Mapping):
-                raise TypeError(f"batches must hold dictionaries for model(**batch), got {type(batch).__name__}")
-            inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-            results = []
-            for with_shortcuts in (True, False):
-                _open_gates(state, with_shortcuts)
-                results.append(model(**inputs))
-            before, after = (_outputs(result).double() for result in results)
-            difference, norm = difference + float((after - before).square().sum()), norm + float(before.square().sum())
-            losses.append([getattr(result, "loss", None) for result in results])
-    if not losses:
-        raise ValueError("batches is empty: there is nothing to measure with")
-    changed = f"the outputs change by {100 * math.sqrt(difference / norm) if norm else math.inf:.1f} % (relative L2)"
-    if any(loss is None for pair in losses for loss in pair):
-        return changed
-    before, after = (sum(float(pair[i]) for pair in losses) / len(losses) for i in (0, 1))
-    return f"{changed}, loss {before:.4f} -> {after:.4f}"
-
-
-def _open_gates(state: HeteroLoraState, with_shortcuts: bool) -> None:
-    for module in state.linears:
-        paths = module._heterolora
-        rows = [on and (with_shortcuts or path.site is None) for path in paths.paths for on in path.active_rows()]
-        paths.derived.gate.copy_(torch.tensor(rows, device="cpu"))
-
-
-def _outputs(result) -> Tensor:
-    """The logits, or the first floating tensor that is no loss."""
-    if isinstance(result, Tensor):
-        return result
-    named = result if isinstance(result, Mapping) else getattr(result, "__dict__", None) or dict(enumerate(result))
-    found = {name: value for name, value in named.items()
-             if isinstance(value, Tensor) and value.is_floating_point() and name != "loss"}
-    if not found:
-        raise ValueError(f"batches: the model's outputs ({type(result).__name__}) hold no tensor to compare")
-    return found.get("logits", next(iter(found.values())))
-
-
 @dataclass
 class _Saved:
     """What a folder holds, in the native format's terms; config, base and search of a native one only."""
@@ -312,6 +254,9 @@ class _Saved:
     config: HeteroLoraConfig | None = None
     base: dict[str, tuple[torch.dtype, Tensor]] | None = None
     search: dict | None = None
+    #: ``{name: shape}`` of what was trained beside adapters and heads; ``{name: name of a head's tensor}`` of other ends.
+    others: dict[str, list] = field(default_factory=dict)
+    tied: dict[str, str] | None = None
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike, *, search: RankSearch | None = None,
@@ -360,6 +305,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, search: Rank
             raise ValueError(f"{saved.file}: field 'config' does not fit the model: {error}") from error
         with undone_on_failure(state_of(model).step_hooks.remove):
             _load(model, saved, None, check_base)
+            # What was trained beside the adapters is trained on.
+            for name in state_of(model).beside.trained:
+                model.get_parameter(name).requires_grad_(True)
             return model
 
 
@@ -395,7 +343,7 @@ def load_search_state(directory: str | os.PathLike) -> dict:
 
 def _from_peft(adapter: PeftAdapter, model: nn.Module) -> _Saved:
     adapter.check_others(model)
-    peft_format.check_unshared(model, adapter.heads)
+    adapter.check_ties(model)
     paths, tensors = {}, dict(adapter.heads)
     for name, module in adapter.modules.items():
         paths[name] = {"site": None, "r": module.r, "scaling": module.scaling, "in_features": module.lora_A.shape[1],
@@ -426,8 +374,10 @@ def _read_native(folder: FilePath) -> _Saved:
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: field 'config': {error}") from error
     paths = {name: _read_path(entry, f"{file}: path {name!r}") for name, entry in field_of(record, "paths", dict, file).items()}
-    heads = {name: field_of(entry, "shape", list, f"{file}: head {name!r}")
-             for name, entry in field_of(record, "heads", dict, file).items()}
+    # Files of earlier versions have no "others" and no "tied".
+    heads, others = ({name: field_of(entry, "shape", list, f"{file}: {kind} {name!r}") for name, entry in field_of(
+        {kind: {}, **record}, kind, dict, file).items()} for kind in ("heads", "others"))
+    tied = field_of({"tied": None, **record}, "tied", (dict, type(None)), file)
     base = field_of(field_of(record, "base", dict, file), "weights", dict, f"{file}: field 'base'")
     base = {name: _read_sample(entry, f"{file}: base weight {name!r}") for name, entry in base.items()}
     search = _search_of(record, file)
@@ -436,8 +386,8 @@ def _read_native(folder: FilePath) -> _Saved:
     if name != os.path.basename(name) or name in ("", ".", ".."):
         raise ValueError(f"{where}: 'file' must be the name of a file in the same folder, got {name!r}")
     tensors = files.read_tensors(folder / name, field_of(weights, "sha256", str, where))
-    _check_tensors(tensors, paths, heads, file, folder / name)
-    return _Saved(file, paths, tensors, set(heads), config, base, search)
+    _check_tensors(tensors, paths, {**heads, **others}, file, folder / name)
+    return _Saved(file, paths, tensors, set(heads), config, base, search, others, tied)
 
 
 def _read_path(entry: object, where: str) -> dict:
@@ -494,7 +444,7 @@ def _misfits(state: HeteroLoraState, saved: _Saved, own: Mapping[str, Tensor]) -
 def _check_base(model: nn.Module, state: HeteroLoraState, saved: _Saved) -> None:
     weights = _base_weights(model, state)
     # In one order on every process: a sharded weight is gathered.
-    for name in (name for name in weights if name in saved.base):
+    for name in (name for name in weights if name in saved.base and f"{name}.weight" not in saved.others):
         (dtype, values), weight = saved.base[name], weights[name]
         _, found = _read_sample(_sample(weight), name)
         kinds = () if weight.dtype == dtype else (torch.finfo(weight.dtype), torch.finfo(dtype))
@@ -506,6 +456,17 @@ def _check_base(model: nn.Module, state: HeteroLoraState, saved: _Saved) -> None
                              "in this model (check_base=False loads it all the same)")
 
 
+def _check_ties(model: nn.Module, state: HeteroLoraState, saved: _Saved) -> None:
+    """Hold the heads to be tied to the modules that they were tied to, which the file does not hold a second time."""
+    ties = state.heads.other_ends(model)
+    if saved.tied is None or ties == saved.tied:
+        return
+    name = sorted(set(ties.items()) ^ set(saved.tied.items()))[0][0]
+    raise ValueError(f"{saved.file}: field 'tied': {name!r} is {'' if name in saved.tied else 'not '}one parameter with "
+                     f"{saved.tied.get(name) or ties[name]!r} in the file, and {'not ' if name in saved.tied else ''}in this model "
+                     "(tie_word_embeddings)")
+
+
 def _load(model: nn.Module, saved: _Saved, search: RankSearch | None, check_base: bool) -> None:
     """Check everything, then write into a patched model; as before if anything fails."""
     state, model = state_of(model), unwrap(model)
@@ -515,8 +476,15 @@ def _load(model: nn.Module, saved: _Saved, search: RankSearch | None, check_base
     if misfits:
         raise ValueError(f"{saved.file} does not fit the model in {len(misfits)} points: {'; '.join(misfits[:3])}"
                          f"{'; ...' if len(misfits) > 3 else ''}")
+    others = beside.check_fits(saved.others, model, state.is_own, saved.file)
+    _check_ties(model, state, saved)
     if check_base and saved.base is not None:
         _check_base(model, state, saved)
+    left = sorted(state.beside.tensors(model, state.is_own).keys() - saved.others.keys())
+    if left and saved.config is not None:
+        warnings.warn(f"{saved.file} does not hold what this model trained beside its adapters ({left[0]}, {len(left)} in all): it "
+                      "stays as it is", stacklevel=4)
+    targets.update(others)
     for name, path in state.paths.items():
         targets.update((f"{name}.{leaf}", getattr(path.holder, leaf)) for leaf in ADAPTER_NAMES)
     with ExitStack() as stack:
@@ -530,6 +498,8 @@ def _load(model: nn.Module, saved: _Saved, search: RankSearch | None, check_base
         state.write_masks()
         if search is not None:
             _resume(search, saved)
+        parameters = {name for name, _ in model.named_parameters()}
+        state.beside.trained |= saved.others.keys() & parameters
 
 
 def _resume(search: RankSearch, saved: _Saved) -> None:

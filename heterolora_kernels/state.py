@@ -11,11 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from heterolora_kernels import distributed
+from heterolora_kernels.beside import Beside
 from heterolora_kernels.config import HeteroLoraConfig
 from heterolora_kernels.freezing import StepHooks
+from heterolora_kernels.heads import Heads
 from heterolora_kernels.layers import Path, Switches
 from heterolora_kernels.structure import PEFT_REMEDY, Structure, peft_layers, refuse_peft_beside
 
+#: Leaves of the names of a path's tensors.
+ADAPTER_NAMES = ("lora_A", "lora_B", "lora_mask")
 #: Where it stands in the ``__dict__`` of the patched module.
 STATE_NAME = "_heterolora_state"
 
@@ -32,6 +36,8 @@ class HeteroLoraState:
         requires_grad: flags of the parameters before patching, by name.
         step_hooks: the optimizer hooks (freezing, ledger, counting).
         structure: where the patched modules lay in the model.
+        heads: the modules of ``modules_to_save``.
+        beside: what else is trained.
         overrides: names of attributes that were put into the model's ``__dict__`` later, and go with the patch.
     """
 
@@ -45,6 +51,8 @@ class HeteroLoraState:
     requires_grad: dict[str, bool] = field(default_factory=dict)
     step_hooks: StepHooks = field(default_factory=StepHooks)
     structure: Structure | None = None
+    heads: Heads | None = None
+    beside: Beside | None = None
     overrides: list[str] = field(default_factory=list)
     _model: weakref.ref | None = field(default=None, repr=False, compare=False)
 
@@ -75,6 +83,16 @@ class HeteroLoraState:
     def belongs_to(self, model: nn.Module) -> None:
         """Know the model, also as a copy."""
         self._model = weakref.ref(model)
+
+    def is_own(self, name: str) -> bool:
+        """Tell whether a parameter or buffer is an adapter's or a head's, by its name in the model."""
+        return name.rpartition(".")[2] in ADAPTER_NAMES or self.heads.has(name)
+
+    def notice(self, optimizer: torch.optim.Optimizer) -> None:
+        """Remember what an optimizer trains beside adapters and heads."""
+        model = None if self._model is None else self._model()
+        if model is not None:
+            self.beside.notice(model, optimizer, self.is_own, [path.name for path in self.paths.values() if path.site is None])
 
     def check_structure(self, alone: bool = False) -> None:
         """Refuse a model in which somebody has moved or replaced patched modules.

@@ -16,7 +16,7 @@ peft = pytest.importorskip("peft", reason="peft is not installed")
 _COMMON = dict(vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=LAYERS,
                num_attention_heads=HEADS, max_position_embeddings=64, pad_token_id=0)
 _NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-#: Models with heads, and the task that is written for PEFT: qa_outputs is adapted, which PEFT does not do under its task.
+#: Models with heads, and the task that is written for PEFT.
 HEADED = {
     "bert_sequence": ("SEQ_CLS", "BertForSequenceClassification", "BertConfig", {**_COMMON, **_NO_DROPOUT, "num_labels": 3}),
     "roberta_sequence": ("SEQ_CLS", "RobertaForSequenceClassification", "RobertaConfig", {**_COMMON, **_NO_DROPOUT}),
@@ -24,7 +24,7 @@ HEADED = {
     "gpt2_token": ("TOKEN_CLS", "GPT2ForTokenClassification", "GPT2Config",
                    dict(vocab_size=VOCAB, n_embd=HIDDEN, n_layer=LAYERS, n_head=HEADS, n_inner=INNER, n_positions=64,
                         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, pad_token_id=0, classifier_dropout=0.0)),
-    "bert_question": (None, "BertForQuestionAnswering", "BertConfig", {**_COMMON, **_NO_DROPOUT}),
+    "bert_question": ("QUESTION_ANS", "BertForQuestionAnswering", "BertConfig", {**_COMMON, **_NO_DROPOUT}),
     "bert_bare": ("FEATURE_EXTRACTION", "BertModel", "BertConfig", {**_COMMON, **_NO_DROPOUT}),
 }
 PLAIN = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert": None, "opt_norm_first": "CAUSAL_LM", "gemma2": "CAUSAL_LM"}

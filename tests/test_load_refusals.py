@@ -42,7 +42,7 @@ MISFITS = {
     "rank": (dict(rank_pattern={"layers.1.mlp.up_proj": 2}), "in 2 points: r of path 'model.layers.1.mlp.up_proj' is 2 in the "
              "model and 3 in the file; scaling of path"),
     "scaling": (dict(alpha_pattern={"layers.1.mlp.up_proj": 7}), "in 1 points: scaling of path 'model.layers.1.mlp.up_proj' is"),
-    "heads": (dict(modules_to_save=["norm"]), "in 1 points: head 'model.norm.weight' is only in the model"),
+    "heads": (dict(modules_to_save=["model.norm"]), "in 1 points: head 'model.norm.weight' is only in the model"),
 }
 
 

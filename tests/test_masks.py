@@ -119,6 +119,8 @@ def test_a_wrapped_model_is_refused_with_the_order():
 def test_a_computed_weight_is_refused_by_name(norm):
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), norm(torch.nn.Linear(4, 2)))
     with pytest.raises(ValueError, match="1: its weight is computed"):
+        hlk.apply_heterolora(model, hlk.HeteroLoraConfig(target_modules=["0", "1"]))
+    with pytest.warns(UserWarning, match=r"1 \[.*\]: its weight is computed"):
         hlk.apply_heterolora(model, hlk.HeteroLoraConfig())
 
 

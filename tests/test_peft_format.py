@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import heterolora_kernels as hlk
-from heterolora_kernels import planning
+from heterolora_kernels import matching
 from heterolora_kernels.peft_format import exact_pattern, exact_targets
 from heterolora_kernels.save_and_load import peft_config
 from heterolora_kernels.state import state_of
@@ -90,7 +90,7 @@ def test_uniform_rank_is_the_largest_that_is_active(tmp_path):
 
 def test_uniform_adapter_refuses_trained_heads_unless_dropped(tmp_path):
     model, _ = allocated("bert_sequence")
-    with pytest.raises(ValueError, match=r"heads \(classifier.weight, ...\): vLLM refuses.*drop_heads"):
+    with pytest.raises(ValueError, match=r"beside adapters \(classifier.weight, ...\): vLLM refuses.*drop_heads"):
         hlk.save_adapter(model, tmp_path / "adapter", "vllm")
     assert not (tmp_path / "adapter").exists()
     hlk.save_adapter(model, tmp_path / "adapter", "vllm", drop_heads=True)
@@ -225,7 +225,7 @@ def test_patterns_give_every_module_its_own_value(names, data):
     pattern = exact_pattern(values, 2)
     for name, value in values.items():
         assert pattern.get(get_pattern_key(pattern.keys(), name), 2) == value
-        assert planning._pattern_value(name, pattern, 2) == value
+        assert matching.pattern_value(name, pattern, 2) == value
     assert all(value == 2 or name in pattern for name, value in values.items())
 
 
@@ -236,13 +236,13 @@ def test_targets_select_exactly_the_modules(names, data):
     targets = exact_targets(wanted, names)
     config = peft.LoraConfig(target_modules=targets)
     assert [name for name in names if check_target_module_exists(config, name)] == [name for name in names if name in wanted]
-    assert [name for name in names if planning._matches(name, targets)] == [name for name in names if name in wanted]
+    assert [name for name in names if matching.matches(name, targets)] == [name for name in names if name in wanted]
 
 
 def test_names_with_characters_of_regular_expressions():
     values = {"a+b": 1, "ab": 2, "a(b": 3, "(a)b": 1}
     pattern = exact_pattern(values, 5)
-    assert {name: planning._pattern_value(name, pattern, 5) for name in values} == values
+    assert {name: matching.pattern_value(name, pattern, 5) for name in values} == values
 
 
 def test_config_of_the_present_allocation(tmp_path):
@@ -277,9 +277,9 @@ def test_a_path_in_a_head_is_refused(tmp_path):
     assert not (tmp_path / "adapter").exists()
 
 
-def test_a_head_tied_to_something_else_is_refused(tmp_path):
+def test_a_head_tied_to_an_adapted_module_is_refused(tmp_path):
     model = make_model("llama")
     model.lm_head.weight = model.model.embed_tokens.weight
-    patch(model, shortcuts=(), modules_to_save=["lm_head"])
-    with pytest.raises(ValueError, match="'lm_head.weight' is the same parameter as 'model.embed_tokens.weight'"):
+    patch(model, shortcuts=(), target_modules=["q_proj", "lm_head"], modules_to_save=["embed_tokens"])
+    with pytest.raises(ValueError, match="'lm_head.weight', which is tied to the head 'model.embed_tokens.weight' and has an adapter"):
         hlk.save_adapter(model, tmp_path, "peft")

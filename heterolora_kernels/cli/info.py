@@ -29,13 +29,12 @@ from heterolora_kernels.config import HeteroLoraConfig
 from heterolora_kernels.names import split_path
 from heterolora_kernels.packing import AUTO_SHARE
 from heterolora_kernels.peft_format import read_peft
+from heterolora_kernels.heads import find_heads
 from heterolora_kernels.planning import (
     PlannedLayer,
     PlannedPath,
-    check_heads,
     check_shortcut_layers,
     find_targets,
-    is_below,
     plan_layers,
     plan_lora,
     plan_shortcuts,
@@ -152,8 +151,8 @@ def describe(model: nn.Module, config: HeteroLoraConfig) -> dict:
     if config.init_from is not None:
         # Base weights that were saved along cannot be compared with those of a skeleton.
         config = dataclasses.replace(read_peft(config.init_from), others={}).adopted_by(model, config)
-    targets = find_targets(model, config) if len(config.target_modules) else {}
-    check_heads(model, config)
+    found_heads = find_heads(model, config)
+    targets = find_targets(model, config, found_heads) if len(config.target_modules) else {}
     layers = plan_layers(model, config)
     refused = _why_no_shortcuts(model, config, layers)
     lora = plan_lora(targets, config)
@@ -162,8 +161,7 @@ def describe(model: nn.Module, config: HeteroLoraConfig) -> dict:
     if not lora and not shortcuts:
         raise ValueError(f"nothing is left to adapt; shortcuts: {refused or config.shortcuts or 'none'}")
     base = sum(parameter.numel() for parameter in model.parameters())
-    heads = sum(parameter.numel() for name, parameter in model.named_parameters()
-                if is_below(name.rpartition(".")[0], config.heads))
+    heads = sum(parameter.numel() for parameter in found_heads.parameters(model).values())
     paths = [*lora, *shortcuts]
     return {"class": type(model).__name__, "base_parameters": base, "head_parameters": heads, "groups": _groups(paths),
             "lora_paths": len(lora), "shortcuts": len(shortcuts), "rows": sum(plan.r for plan in paths),

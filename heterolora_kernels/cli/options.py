@@ -16,7 +16,9 @@ CONFIG_FLAGS = {
     "lora_dropout": ("float", "dropout on the paths' sources"),
     "target_modules": ("names", "'all-linear', or names or suffixes with commas, or one regular expression"),
     "exclude_modules": ("names", "the same; what matches gets no LoRA"),
-    "modules_to_save": ("names", "heads that are trained as they are (default: score, classifier)"),
+    "modules_to_save": ("names", "heads that are trained as they are (default: those that the checkpoint does not hold)"),
+    "layers_to_transform": ("numbers", "numbers of the layers in which a list of --target-modules selects, with commas"),
+    "layers_pattern": ("names", "names before the number of a layer, with commas (default: any)"),
     "rank_pattern": ("pattern", "name=8,name=4"),
     "alpha_pattern": ("pattern", "name=16,name=8"),
     "use_rslora": ("bool", "scaling is alpha / sqrt(r)"),
@@ -73,12 +75,16 @@ def _pattern(text: str) -> dict[str, int | float]:
         raise argparse.ArgumentTypeError(f"must be name=value,name=value with numbers, got {text!r}") from error
 
 
-_TYPES = {"int": int, "float": float, "str": str, "number": _number, "names": parse_names, "pattern": _pattern, "path": Path}
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part.strip()]
+
+
+_TYPES = {"numbers": _numbers, "int": int, "float": float, "str": str, "number": _number, "names": parse_names, "pattern": _pattern, "path": Path}
 
 
 #: What a TOML file may hold, by kind of flag.
 _WRITTEN = {"int": (int, "a whole number"), "float": ((int, float), "a number"), "str": (str, "a string"),
-            "names": ((str, list), "a name or a list of names"), "bool": (bool, "true or false")}
+            "names": ((str, list), "a name or a list of names"), "numbers": ((int, list), "a number or a list of numbers"), "bool": (bool, "true or false")}
 
 
 def flag_of(name: str) -> str:
@@ -101,7 +107,7 @@ def check_types(settings: Mapping, table: Mapping[str, tuple]) -> None:
             continue
         if not isinstance(value, kinds) or (isinstance(value, bool) and kind != "bool"):
             raise TypeError(f"{flag_of(name)} must be {word}, got {value!r}")
-        if isinstance(value, list) and not all(isinstance(entry, str) for entry in value):
+        if isinstance(value, list) and not all(isinstance(entry, int if kind == "numbers" else str) for entry in value):
             raise TypeError(f"{flag_of(name)} must be {word}, got {value!r}")
         if kind == "float" and not math.isfinite(value):
             raise ValueError(f"{flag_of(name)} must be finite, got {value!r}")
