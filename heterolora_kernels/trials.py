@@ -146,12 +146,13 @@ def _on_stand_ins(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[Calla
     """Put stand-ins for the tensors of a module into it for the block, random ones for its floats; yield its forward."""
     device = next((t.device for t in _tensors(module)), torch.device("cpu"))
     device = torch.device("cpu") if device.type == "meta" else device
-    devices = [device] if device.type != "cpu" else []
+    # torch.mps has one generator, which is not asked for by device.
+    devices = [device] if device.type not in ("cpu", "mps") else []
     dynamo = "torch._dynamo" in sys.modules
     state = random.getstate()
     with (put_back(structure_of(module)), put_back(lambda: random.setstate(state)), warnings.catch_warnings(),
           torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"), torch.inference_mode(False),
-          torch.autocast(device.type, enabled=False) if devices or torch.is_autocast_enabled("cpu") else nullcontext(),
+          torch.autocast(device.type, enabled=False),
           torch.compiler.set_stance("force_eager") if dynamo else nullcontext()):
         warnings.simplefilter("ignore")
         generator = torch.Generator("cpu" if device.type == "cpu" else device).manual_seed(1)
