@@ -13,7 +13,7 @@ from heterolora_kernels.bases import features, is_experts, looks_linear
 from heterolora_kernels.config import HeteroLoraConfig, Site
 from heterolora_kernels.leftovers import describe_left, tell_left
 from heterolora_kernels.sites import SHORTCUTS, SITES, site_of, why_refused
-from heterolora_kernels.trials import forget, judge
+from heterolora_kernels.trials import judge
 
 
 def _matches(name: str, patterns: str | Sequence[str]) -> bool:
@@ -49,7 +49,6 @@ def _output_embeddings(model: nn.Module) -> set[int]:
 
 def find_targets(model: nn.Module, config: HeteroLoraConfig) -> dict[str, nn.Module]:
     """``{name: module}`` of the linears that get LoRA; a warning names what ``"all-linear"`` leaves."""
-    forget()
     modules = dict(model.named_modules())
     everything = config.target_modules == "all-linear"
     # Each entry of a list is held to match something; a regular expression is one entry.
