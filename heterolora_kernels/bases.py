@@ -30,8 +30,9 @@ def is_quantised(tensor: Tensor) -> bool:
 
 
 def own_tensors(module: nn.Module) -> list[Tensor]:
-    """Parameters and buffers of the module itself."""
-    return [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+    """Parameters and buffers of the module itself, but for those that a lazy one has not made yet."""
+    return [t for t in (*module._parameters.values(), *module._buffers.values())
+            if t is not None and not isinstance(t, nn.parameter.UninitializedTensorMixin)]
 
 
 def has_features(module: nn.Module) -> bool:
@@ -88,7 +89,7 @@ def is_experts(module: nn.Module) -> bool:
     # Kernels of convolutions, bare or in a weight_norm; factors of [n, 1, 1] and positions of [1, 1, n] are no matrices.
     return not isinstance(module, (nn.modules.conv._ConvNd, parametrize.ParametrizationList)) and any(
         (p.dim() == 3 or p.dim() > 3 and is_quantised(p)) and min(p.shape[:3]) > 1
-        for p in module._parameters.values() if p is not None and not isinstance(p, nn.parameter.UninitializedParameter))
+        for p in own_tensors(module) if isinstance(p, nn.Parameter))
 
 
 def looks_linear(module: nn.Module) -> bool:

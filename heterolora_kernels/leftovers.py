@@ -34,7 +34,7 @@ def tell_left(model: nn.Module, left: Mapping[str, str]) -> str:
     """The warning about modules that stay without adapters, with their share of the model's parameters."""
     inside = {id(t): t for name in left for t in _weights(model.get_submodule(name))}
     everything = {id(t): t for module in model.modules() for t in _weights(module)}
-    share = sum(map(_size, inside.values())) / max(1, sum(map(_size, everything.values())))
+    share = sum(t.numel() for t in inside.values()) / max(1, sum(t.numel() for t in everything.values()))
     return (f"{len(left)} module{'s' * (len(left) > 1)} with {100 * share:.3g} % of the model's parameters "
             f"stay{'s' * (len(left) == 1)} without adapters: {describe_left(model, left)}")
 
@@ -43,8 +43,3 @@ def _weights(module: nn.Module) -> list[Tensor]:
     """Parameters, and what stands for one among the buffers."""
     own = {id(p) for p in module._parameters.values() if p is not None}
     return [t for t in own_tensors(module) if id(t) in own or t.dim() > 1 and is_quantised(t)]
-
-
-def _size(tensor: Tensor) -> int:
-    # A lazy one has no size yet.
-    return 0 if isinstance(tensor, nn.parameter.UninitializedTensorMixin) else tensor.numel()

@@ -75,8 +75,8 @@ def check_mergeable(model: nn.Module, drop_shortcuts: bool = False) -> list[Path
     alone = [path for path in lora if isinstance(path.holder, PatchedQuantised)]
     quantised = [path for path in alone if is_quantised_linear(path.holder)]
     if alone and not quantised:
-        raise ValueError(f"the base of {alone[0].name!r} ({type(alone[0].holder).__name__}) computes something else than "
-                         f"x W^T + b, so that adapters cannot become part of its weight ({len(alone)} paths): save the adapter")
+        raise ValueError(f"the base of {alone[0].name!r} ({type(alone[0].holder).__name__}) computes its output itself, "
+                         f"not as x W^T + b, so adapters cannot become part of its weight ({len(alone)} paths): save the adapter")
     if quantised:
         raise ValueError(f"the base of {quantised[0].name!r} is quantised ({type(quantised[0].holder).__name__}), and so would "
                          f"the merged weight have to be, which loses most of what was learnt ({len(quantised)} paths): save the "

@@ -48,7 +48,7 @@ from heterolora_kernels.planning import (
 from heterolora_kernels.sites import SHORTCUTS, Carrier, LayerState, PatchedLayer, PatchedStack
 from heterolora_kernels.state import ADAPTER_NAMES, STATE_NAME, HeteroLoraState, is_patched, state_of, unwrap
 from heterolora_kernels.structure import Structure
-from heterolora_kernels.trials import ANY_NAME, CONV1D, ITSELF, PLAIN, WRAPPED, judge
+from heterolora_kernels.trials import ANY_NAME, CONV1D, ITSELF, PLAIN, WRAPPED, forget, judge
 from heterolora_kernels.undo import structure_of, undone_on_failure
 from heterolora_kernels.wrapped import PatchedAnyName, PatchedWrapped
 
@@ -269,6 +269,7 @@ def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
         raise ValueError(f"init_from: {error}") from error
     if adapter is not None:
         config = adapter.adopted_by(model, config)
+    forget()
     heads = find_heads(model, config)
     targets = find_targets(model, config, heads) if len(config.target_modules) > 0 else {}
     lora = plan_lora(targets, config)

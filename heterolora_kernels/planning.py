@@ -14,7 +14,7 @@ from heterolora_kernels.heads import Heads
 from heterolora_kernels.leftovers import describe_left, tell_left
 from heterolora_kernels.matching import is_excluded, is_target, matches, pattern_value
 from heterolora_kernels.sites import SHORTCUTS, SITES, site_of, why_refused
-from heterolora_kernels.trials import forget, judge
+from heterolora_kernels.trials import judge
 
 
 def _output_embeddings(model: nn.Module) -> set[int]:
@@ -29,7 +29,6 @@ def _output_embeddings(model: nn.Module) -> set[int]:
 
 def find_targets(model: nn.Module, config: HeteroLoraConfig, heads: Heads) -> dict[str, nn.Module]:
     """``{name: module}`` of the linears that get LoRA; a warning names what ``"all-linear"`` leaves."""
-    forget()
     modules = dict(model.named_modules())
     everything = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     # Each entry of a list is held to match something; a regular expression is one entry.

@@ -10,8 +10,9 @@ from __future__ import annotations
 import inspect
 import random
 import sys
+import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -39,12 +40,12 @@ class Verdict:
     reason: str | None = None
 
 
-#: Trials of modules that are alike; a model has few kinds.
+#: Trials of modules that are alike; a model has few kinds. Good for one model, as long as it is planned and patched.
 _known: dict[tuple, Verdict] = {}
 
 
 def forget() -> None:
-    """Let every kind of module be tried anew."""
+    """Let every module be tried anew; before a model is planned."""
     _known.clear()
 
 
@@ -68,12 +69,9 @@ def judge(module: nn.Module, parent: nn.Module | None = None) -> Verdict:
     elif not is_wrapped and type(module).forward is nn.Linear.forward:
         return Verdict(PLAIN)
     key = _kind_of(module)
-    verdict = _known.get(key) if key is not None else None
-    if verdict is None:
-        verdict = _try(module, is_wrapped)
-        if key is not None:
-            _known[key] = verdict
-    return verdict
+    if key not in _known:
+        _known[key] = _try(module, is_wrapped)
+    return _known[key]
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
@@ -81,18 +79,27 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
         yield from (t for table in (each._parameters, each._buffers) for t in table.values() if t is not None)
 
 
-def _kind_of(module: nn.Module) -> tuple | None:
-    """What the verdict depends on, or None where that cannot be told: values do not enter it."""
-    if module._modules or "forward" in module.__dict__ or is_quantised_linear(module):
-        return None
-    attributes = {name: value for name, value in module.__dict__.items() if name not in _NO_MATTER
-                  and not (name.startswith("_") and isinstance(value, dict))}
-    simple = (bool, int, float, str, torch.dtype, torch.device, type(None))
-    if not all(isinstance(value, simple) for value in attributes.values()):
-        return None
-    tensors = [(name, type(t), t.dtype, tuple(t.shape), t.device) if t is not None else (name, None)
+def _kind_of(module: nn.Module) -> tuple:
+    """What the verdict depends on, beside the values of tensors; objects of which nothing is known by their identity."""
+    if module._modules:
+        return (id(module),)
+    attributes = [(name, _told(value)) for name, value in sorted(module.__dict__.items()) if name not in _NO_MATTER
+                  and not (name.startswith("_") and isinstance(value, Mapping))]
+    tensors = [(name, None if t is None else (type(t), t.dtype, tuple(t.shape), t.device))
                for table in (module._parameters, module._buffers) for name, t in table.items()]
-    return (type(module), type(module).forward, tuple(sorted(attributes.items())), tuple(tensors))
+    return type(module), type(module).forward, tuple(attributes), tuple(tensors)
+
+
+def _told(value: object) -> object:
+    """A key for the value of an attribute."""
+    if isinstance(value, (bool, int, float, str, torch.dtype, torch.device, type(None))):
+        return value
+    function = getattr(value, "__func__", None)
+    if isinstance(function, types.FunctionType) and function.__closure__ is None:
+        # A method that was made for each module anew.
+        return function.__code__
+    # What compares by its content and cannot be a key, such as a list or the schemes of compressed-tensors.
+    return (type(value), repr(value)) if type(value).__hash__ is None else (type(value), id(value))
 
 
 class _Unfit(Exception):
@@ -146,12 +153,13 @@ def _on_stand_ins(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[Calla
     """Put stand-ins for the tensors of a module into it for the block, random ones for its floats; yield its forward."""
     device = next((t.device for t in _tensors(module)), torch.device("cpu"))
     device = torch.device("cpu") if device.type == "meta" else device
-    devices = [device] if device.type != "cpu" else []
+    # torch.mps has one generator, which is not asked for by device.
+    devices = [device] if device.type not in ("cpu", "mps") else []
     dynamo = "torch._dynamo" in sys.modules
     state = random.getstate()
     with (put_back(structure_of(module)), put_back(lambda: random.setstate(state)), warnings.catch_warnings(),
           torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"), torch.inference_mode(False),
-          torch.autocast(device.type, enabled=False) if devices or torch.is_autocast_enabled("cpu") else nullcontext(),
+          torch.autocast(device.type, enabled=False),
           torch.compiler.set_stance("force_eager") if dynamo else nullcontext()):
         warnings.simplefilter("ignore")
         generator = torch.Generator("cpu" if device.type == "cpu" else device).manual_seed(1)

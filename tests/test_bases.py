@@ -27,6 +27,7 @@ import heterolora_kernels as hlk
 from heterolora_kernels.bases import features, looks_linear
 from heterolora_kernels.instances import is_swapped
 from heterolora_kernels.layers import PatchedLinear, PatchedQuantised
+from heterolora_kernels.planning import find_targets
 from heterolora_kernels.state import state_of
 from heterolora_kernels.trials import ANY_NAME, ITSELF, PLAIN, WRAPPED, forget, judge
 
@@ -150,6 +151,10 @@ VERDICTS = {
     "another_shape": (lambda: Wider(IN, OUT), None, r"\[3, 6\] it makes \[3, 10\], not \[3, 5\]"),
     "raises": (lambda: Raises(IN, OUT), None, "RuntimeError: not today"),
     "no_gradient": (lambda: Detached(IN, OUT), None, "no gradient to its input"),
+    "wrapped_linear": (lambda: fake_quantise(nn.Linear(IN, OUT)), WRAPPED, None),
+    "wrapped_conv1d": (lambda: wrap(transformers.pytorch_utils.Conv1D(OUT, IN)), WRAPPED, None),
+    "wrapped_falcon": (lambda: wrap(FalconLinear(IN, OUT)), WRAPPED, None),
+    "wrapped_router": (lambda: wrap(Router(IN, OUT)), None, "TypeError"),
     "lazy": (lambda: nn.LazyLinear(OUT), None, "has not seen an input"),
     "weight_norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(IN, OUT)), None, "computed from other parameters"),
     "embedding": (lambda: nn.Embedding(IN, OUT), None, "it is a Embedding"),
@@ -178,7 +183,25 @@ def test_modules_that_are_alike_are_tried_once():
     once = len(calls)
     assert once <= 4
     modules[0].epsilon = 2.0
-    judge(modules[0])
+    modules[1].list = [1, 2]
+    modules[2].list, modules[2].weight = [1, 2], nn.Parameter(torch.ones(OUT, IN))
+    for module in modules[:3]:
+        judge(module)
+    assert len(calls) == 3 * once
+    # Objects that nothing is known of are told apart.
+    modules[0].thing, modules[1].thing = object(), object()
+    for module in modules[:2]:
+        judge(module)
+    assert len(calls) == 5 * once
+
+
+def test_linears_with_alike_forwards_in_the_instance_are_tried_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(Straight, "apply", lambda x: (calls.append(1), x + 1)[1])
+    patch_silently(nn.Sequential(*[fake_quantise(nn.Linear(IN, IN)) for _ in range(5)]))
+    once = len(calls)
+    assert 0 < once <= 4
+    patch_silently(nn.Sequential(*[fake_quantise(nn.Linear(IN, IN)) for _ in range(3)]))
     assert len(calls) == 2 * once
 
 
@@ -376,7 +399,7 @@ def test_base_that_rounds_keeps_its_forward_and_gets_paths():
     torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-12)
     model(x).square().sum().backward()
     assert all(p.grad.any() for p in (model[0].lora_A, model[0].lora_B, model[1].lora_A, model[1].lora_B))
-    with pytest.raises(ValueError, match="'1'.*RoundsInput.*computes something else.*save the adapter"):
+    with pytest.raises(ValueError, match="'1'.*RoundsInput.*computes its output itself.*save the adapter"):
         hlk.merge_heterolora(model)
     hlk.remove_heterolora(model)
     assert_restored(model, before)
@@ -594,6 +617,17 @@ def test_tensors_of_three_dimensions_that_are_no_matrices_are_not_told():
     model.scale.factor, model.positions.table = nn.Parameter(torch.ones(4, 1, 1)), nn.Parameter(torch.ones(7, 1, 4))
     model.conv = nn.utils.parametrizations.weight_norm(nn.Conv1d(2, 3, 2))
     patch_silently(model, exclude_modules=["router"])
+
+
+def test_lazy_modules_are_left_or_passed_over_by_the_plan():
+    model = nn.Sequential(nn.Linear(IN, IN), nn.LazyConv1d(2, 1), nn.LazyBatchNorm1d(), nn.LazyLinear(OUT))
+    with pytest.warns(UserWarning, match=r"^1 module with 0 %.*3 \[LazyLinear\]: .*has not seen an input"):
+        assert list(find_targets(model, hlk.HeteroLoraConfig(r=2))) == ["0"]
+
+
+def test_trial_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert judge(FalconLinear(IN, OUT)).way == PLAIN
 
 
 def test_tensors_in_a_mapping_of_their_own_are_not_written_to(monkeypatch):

@@ -180,7 +180,7 @@ def test_class_that_cannot_be_changed_is_refused_by_name():
     model = make_llama()
     quanto.quantize(model, weights=quanto.qint8, exclude="lm_head")
     quanto.freeze(model)
-    with pytest.raises(ValueError, match=r"proj.*\[QLinear\]: cannot be patched: the class of a optimum.quanto.nn.qlinear.QLinear"):
+    with pytest.raises(ValueError, match=r"proj.*\[QLinear\]: cannot be patched: the class of a optimum.quanto"):
         patched(model)
 
 

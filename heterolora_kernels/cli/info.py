@@ -40,7 +40,7 @@ from heterolora_kernels.planning import (
     plan_shortcuts,
 )
 from heterolora_kernels.proxies import available_proxies, get_proxy
-from heterolora_kernels.trials import ANY_NAME, CONV1D, PLAIN, judge
+from heterolora_kernels.trials import ANY_NAME, CONV1D, PLAIN, forget, judge
 
 _PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "datasets", "safetensors", "matplotlib", "tomli-w")
 
@@ -151,6 +151,7 @@ def describe(model: nn.Module, config: HeteroLoraConfig) -> dict:
     if config.init_from is not None:
         # Base weights that were saved along cannot be compared with those of a skeleton.
         config = dataclasses.replace(read_peft(config.init_from), others={}).adopted_by(model, config)
+    forget()
     found_heads = find_heads(model, config)
     targets = find_targets(model, config, found_heads) if len(config.target_modules) else {}
     layers = plan_layers(model, config)
