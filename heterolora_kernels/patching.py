@@ -268,6 +268,7 @@ def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
     except ValueError as error:
         raise ValueError(f"init_from: {error}") from error
     if adapter is not None:
+        adapter = adapter.named_as(model)
         config = adapter.adopted_by(model, config)
     forget()
     heads = find_heads(model, config)

@@ -26,6 +26,9 @@ from heterolora_kernels.distributed import full
 from heterolora_kernels.files import field_of, find_folder, read_json, read_tensors
 from heterolora_kernels.heads import Heads
 from heterolora_kernels.layers import Path
+from heterolora_kernels.peft_fields import check_fields, is_of_experts, meaning_of
+from heterolora_kernels.peft_names import renamer
+from heterolora_kernels.peft_tasks import task_type
 from heterolora_kernels.state import ADAPTER_NAMES, HeteroLoraState
 from heterolora_kernels.undo import undone_on_failure, values_of
 
@@ -33,20 +36,8 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
-#: Fields that do not change what an adapter computes; ``*_config`` of ways to draw the first weights among them.
-_SILENT = frozenset((
-    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules", "fan_in_fan_out",
-    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_ga_config", "megatron_core", "peft_version",
-    "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type"))
-_READ = frozenset((
-    "alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "r",
-    "rank_pattern", "use_rslora"))
-#: Ways to draw the first weights that leave the base as it is (the others, PiSSA's say, subtract the adapter from it).
-_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 #: Heads that PEFT saves and expects with these tasks, named or not.
 _TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
-_TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS",
-          "ForTokenClassification": "TOKEN_CLS", "ForQuestionAnswering": "QUESTION_ANS"}
 
 
 @dataclass(frozen=True)
@@ -97,8 +88,10 @@ class PeftAdapter:
         modules = dict(model.named_modules())
         lost = [name for name in self.modules if name not in modules]
         if lost:
+            experts = any(re.search(r"\bexperts\b", name) for name in lost)
             raise ValueError(f"{self.weights} has tensors of {len(lost)} modules that the model does not have: "
-                             f"{', '.join(f'{name}.lora_A' for name in lost[:3])}{', ...' if len(lost) > 3 else ''}")
+                             f"{', '.join(f'{name}.lora_A' for name in lost[:3])}{', ...' if len(lost) > 3 else ''}"
+                             f"{'; experts that this model stacks into one parameter cannot be loaded' if experts else ''}")
         self.check_others(model)
         names = self.head_entries(model)
         self._check_heads(model, names)
@@ -117,16 +110,36 @@ class PeftAdapter:
             alpha_pattern=exact_pattern({name: alpha(module) for name, module in self.modules.items()}, config.lora_alpha),
             modules_to_save=heads)
 
+    def named_as(self, model: nn.Module) -> PeftAdapter:
+        """The same adapter under the names that the model has now for what an older transformers called otherwise."""
+        modules, tensors = dict(model.named_modules(remove_duplicate=False)), model.state_dict()
+        lost = [name for name in self.modules if name not in modules]
+        if not lost and all(name in tensors for name in self.heads):
+            return self
+        rename = renamer(model)
+        return dataclasses.replace(
+            self, modules={rename(name, modules): module for name, module in self.modules.items()},
+            **{field: {rename(name, tensors): tensor for name, tensor in getattr(self, field).items()} for field in ("heads", "others")},
+            head_modules=tuple(rename(name, modules) for name in self.head_modules))
+
     def head_entries(self, model: nn.Module) -> tuple[str, ...]:
         """The file's ``modules_to_save`` that select something in the model."""
         return Heads(model, self.config.get("modules_to_save") or ()).entries if self.heads else ()
 
     def check_others(self, model: nn.Module) -> None:
         """Base weights that PEFT saved beside the adapter may only repeat the model's."""
-        tensors = model.state_dict()
+        tensors = model.state_dict(keep_vars=True)
+        heads = {id(tensors[name]): tensor for name, tensor in self.heads.items() if name in tensors}
         for name, tensor in self.others.items():
             own = tensors.get(name.replace(".base_layer.", "."))
+            if own is not None and self.config.get("ensure_weight_tying") and id(own) in heads:
+                # The other end of a head, which PEFT has kept tied.
+                own = heads[id(own)]
             if own is None or own.shape != tensor.shape or not torch.equal(own.to(tensor), tensor):
+                meaning = meaning_of(name)
+                if own is None and meaning is not None:
+                    raise ValueError(f"{self.weights}: tensor {name!r} is neither LoRA of a linear nor of modules_to_save: loading it "
+                                     f"would take {meaning}")
                 raise ValueError(f"{self.weights}: tensor {name!r} is neither LoRA nor of modules_to_save, and "
                                  f"{'the model has none of that name' if own is None else 'the model has other values there'}")
 
@@ -242,14 +255,7 @@ def _read_config(file: FilePath) -> dict:
     config = read_json(file)
     if field_of(config, "peft_type", str, file) != "LORA":
         raise ValueError(f"{file}: field 'peft_type' is {config['peft_type']!r}, and only LORA can be loaded")
-    for name, value in config.items():
-        if value and name not in _SILENT and name not in _READ:
-            raise ValueError(f"{file}: field {name!r} is {value!r}, and what it stands for is not computed here")
-    if config.get("bias", "none") != "none":
-        raise ValueError(f"{file}: field 'bias' is {config['bias']!r}, and only 'none' can be loaded: biases stay as they are")
-    if config.get("init_lora_weights", True) not in _INITS:
-        raise ValueError(f"{file}: field 'init_lora_weights' is {config['init_lora_weights']!r}, for which PEFT changes the "
-                         "base's weights when it loads; save the adapter converted to plain LoRA")
+    check_fields(config, file)
     optional = type(None)
     for name, kinds in (("r", int), ("lora_alpha", (int, float)), ("lora_dropout", (int, float, optional)),
                         ("use_rslora", (bool, optional)), ("rank_pattern", (dict, optional)), ("alpha_pattern", (dict, optional)),
@@ -292,6 +298,10 @@ def _module(name: str, pair: Mapping[str, Tensor], config: Mapping, weights: Fil
                              f"{list(pair[leaf].shape)}; only linears can be adapted")
     r = _value_of(name, config.get("rank_pattern"), config["r"])
     alpha = _value_of(name, config.get("alpha_pattern"), config["lora_alpha"])
+    if is_of_experts((pair["lora_A"].shape, pair["lora_B"].shape), r):
+        raise ValueError(f"{weights}: {name!r} has lora_A {list(pair['lora_A'].shape)} and lora_B {list(pair['lora_B'].shape)}, "
+                         f"{pair['lora_A'].shape[0] // r} times the rank {r} of fields 'r' and 'rank_pattern': factors of stacked "
+                         "experts ('target_parameters'), which cannot be loaded, or a rank that the fields do not say")
     if pair["lora_A"].shape[0] != r or pair["lora_B"].shape[1] != r:
         raise ValueError(f"{weights}: {name!r} has lora_A {list(pair['lora_A'].shape)} and lora_B "
                          f"{list(pair['lora_B'].shape)}, and fields 'r' and 'rank_pattern' give it rank {r}")
@@ -339,18 +349,6 @@ def exact_pattern(values: Mapping[str, float], default: float) -> dict[str, floa
 
 
 # ---- writing ----
-
-
-def task_type(model: nn.Module) -> str | None:
-    """PEFT's name for what a transformers model is for."""
-    config = getattr(model, "config", None)
-    if not hasattr(config, "model_type"):
-        return None
-    if getattr(model, "base_model", None) is model:
-        return "FEATURE_EXTRACTION"
-    if type(model).__name__.endswith("ForConditionalGeneration") and getattr(config, "is_encoder_decoder", False):
-        return "SEQ_2_SEQ_LM"
-    return next((task for suffix, task in _TASKS.items() if type(model).__name__.endswith(suffix)), None)
 
 
 def name_of(model: nn.Module) -> str | None:

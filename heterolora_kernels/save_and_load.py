@@ -342,6 +342,7 @@ def load_search_state(directory: str | os.PathLike) -> dict:
 
 
 def _from_peft(adapter: PeftAdapter, model: nn.Module) -> _Saved:
+    adapter = adapter.named_as(model)
     adapter.check_others(model)
     adapter.check_ties(model)
     paths, tensors = {}, dict(adapter.heads)

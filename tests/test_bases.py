@@ -27,6 +27,7 @@ import heterolora_kernels as hlk
 from heterolora_kernels.bases import features, looks_linear
 from heterolora_kernels.instances import is_swapped
 from heterolora_kernels.layers import PatchedLinear, PatchedQuantised
+from heterolora_kernels.heads import Heads
 from heterolora_kernels.planning import find_targets
 from heterolora_kernels.state import state_of
 from heterolora_kernels.trials import ANY_NAME, ITSELF, PLAIN, WRAPPED, forget, judge
@@ -622,7 +623,7 @@ def test_tensors_of_three_dimensions_that_are_no_matrices_are_not_told():
 def test_lazy_modules_are_left_or_passed_over_by_the_plan():
     model = nn.Sequential(nn.Linear(IN, IN), nn.LazyConv1d(2, 1), nn.LazyBatchNorm1d(), nn.LazyLinear(OUT))
     with pytest.warns(UserWarning, match=r"^1 module with 0 %.*3 \[LazyLinear\]: .*has not seen an input"):
-        assert list(find_targets(model, hlk.HeteroLoraConfig(r=2))) == ["0"]
+        assert list(find_targets(model, hlk.HeteroLoraConfig(r=2), Heads(model, ()))) == ["0"]
 
 
 def test_trial_under_autocast():

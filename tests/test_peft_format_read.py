@@ -175,7 +175,7 @@ REFUSED_FIELDS = {
     "use_dora": True, "lora_bias": True, "bias": "lora_only", "peft_type": "LOHA", "layer_replication": [[0, 2], [1, 3]],
     "target_parameters": ["mlp.experts"], "trainable_token_indices": [1, 2], "alora_invocation_tokens": [5],
     "megatron_config": {"a": 1}, "use_qalora": True, "use_bdlora": {"nblocks": 2}, "arrow_config": {"top_k": 2},
-    "kasa_config": {"beta": 1.0}, "velora_config": {"num_groups": 2}, "monteclora_config": {"a": 1}, "ensure_weight_tying": True,
+    "kasa_config": {"beta": 1.0}, "velora_config": {"num_groups": 2}, "monteclora_config": {"a": 1},
     "init_lora_weights": "pissa_niter_4", "a_field_of_the_future": 1,
 }
 

@@ -150,7 +150,7 @@ def describe(model: nn.Module, config: HeteroLoraConfig) -> dict:
     get_proxy(config.proxy)
     if config.init_from is not None:
         # Base weights that were saved along cannot be compared with those of a skeleton.
-        config = dataclasses.replace(read_peft(config.init_from), others={}).adopted_by(model, config)
+        config = dataclasses.replace(read_peft(config.init_from).named_as(model), others={}).adopted_by(model, config)
     forget()
     found_heads = find_heads(model, config)
     targets = find_targets(model, config, found_heads) if len(config.target_modules) else {}

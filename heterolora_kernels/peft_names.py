@@ -1,0 +1,50 @@
+"""Names in adapters of older models: transformers has moved modules since, and keeps a list of what moved where."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Container
+
+from torch import nn
+
+
+def renamer(model: nn.Module) -> Callable[[str, Container[str]], str]:
+    """A function of a name in a file and of the names that the model has: the model's name for it, or the one in the file.
+
+    What the model knows by the file's name keeps it. Old ones are mapped as PEFT maps them: by the model's
+    ``_checkpoint_conversion_mapping``, or by the renamings of ``transformers.conversion_mapping``.
+
+    Source: ``PeftModel.from_pretrained`` and ``peft.utils.transformers_weight_conversion``, PEFT 0.21.
+    """
+    patterns = getattr(model, "_checkpoint_conversion_mapping", None) or {}
+    renamings = _renamings(model)
+
+    def rename(name: str, known: Container[str]) -> str:
+        if name in known:
+            return name
+        for pattern, replacement in patterns.items():
+            mapped, count = re.subn(pattern, replacement, name)
+            if count:
+                return mapped if mapped in known else name
+        # Their patterns are those of tensors.
+        mapped = f"{name}.weight"
+        for renaming in renamings:
+            mapped = renaming.rename_source_key(mapped)[0]
+        mapped = mapped.removesuffix(".weight")
+        return mapped if mapped in known else name
+    return rename
+
+
+def _renamings(model: nn.Module) -> list:
+    # Whoever has a model of transformers has imported it.
+    if "transformers" not in sys.modules or not hasattr(getattr(model, "config", None), "model_type"):
+        return []
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+
+        return [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    except (ImportError, AttributeError, TypeError):
+        # Another release keeps its list elsewhere; names that it has moved are then refused by name.
+        return []
