@@ -122,6 +122,18 @@ def averaged(average: Scores, scores: Scores, decay: float) -> dict[str, float |
             for name, score in scores.items()}
 
 
+def by_turns(times_on: Mapping[str, Sequence[int]], sizes: Mapping[str, int], per_rank: bool) -> Scores:
+    """Scores by which who was on least comes first: no path, or row, twice before every one once.
+
+    Args:
+        times_on: how often each row was on, or with binary ranks the path; names that are missing never were.
+        sizes: ``{path: full rank}``.
+    """
+    counts = {name: times_on.get(name, [0] * (r if per_rank else 1)) for name, r in sizes.items()}
+    scores = {name: [-float(times) for times in each] for name, each in counts.items()}
+    return scores if per_rank else {name: first for name, (first,) in scores.items()}
+
+
 def steadied(scores: Scores, rows: Mapping[str, Sequence[bool]], hysteresis: float) -> dict[str, float | list[float]]:
     """The scores of what is on, ``rows``, raised by ``hysteresis`` times their size; the others as they are."""
     def lifted(score: float, on: bool) -> float:

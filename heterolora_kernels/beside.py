@@ -63,7 +63,8 @@ class Beside:
         _, lost = peft_modules(model, self.trained, paths)
         if lost and not self._is_told:
             self._is_told = True
-            warnings.warn(f"trained beside the adapters, which format='peft' cannot hold ({_in_short(lost)}): PEFT saves whole modules "
+            warnings.warn(f"trained beside the adapters, which format='peft' cannot hold ({_in_short(lost)}): PEFT saves "
+                          f"whole modules "
                           "without adapters; the native format, checkpoints and format='merged' hold them", stacklevel=5)
 
 

@@ -253,7 +253,8 @@ class HeteroLoraConfig:
                 raise TypeError(f"layers_to_transform must be an int or a list of them, got {self.layers_to_transform!r}")
             self.layers_to_transform = layers
         if layers not in (None, ()) and isinstance(self.target_modules, str):
-            raise ValueError("layers_to_transform needs target_modules to be a list of names: a regular expression or 'all-linear' "
+            raise ValueError("layers_to_transform needs target_modules to be a list of names: a regular expression or "
+                             "'all-linear' "
                              f"says itself which layers it means, got {self.target_modules!r}")
         if isinstance(pattern, str):
             pattern = (pattern,) if pattern else ()

@@ -214,7 +214,7 @@ class StepHooks:
         ranks_rows = state.config.search != "off" and get_allocator(state.config.ranks).per_rank
         if ranks_rows:
             check_elementwise(optimizer, f"ranks={state.config.ranks!r}")
-        state.notice(optimizer)
+        state.notice(optimizer, paths)
         for observer in list(self.observers):
             observer.before_step(optimizer)
         if self._resets:

@@ -73,7 +73,8 @@ def find_heads(model: nn.Module, config: HeteroLoraConfig) -> Heads:
 
 
 def _warn_about_unknown(model: nn.Module, entries: Sequence[str]) -> None:
-    """Name the modules outside the base of a model that was loaded from somewhere unknown; its language model head is the base's."""
+    """Name the modules outside the base of a model that was loaded from somewhere unknown; its language model head is the
+    base's."""
     base = getattr(model, "base_model", model)
     source = getattr(model, "name_or_path", None)
     if base is model or not isinstance(base, nn.Module) or not source or checkpoint_names(model) is not None:
@@ -83,7 +84,8 @@ def _warn_about_unknown(model: nn.Module, entries: Sequence[str]) -> None:
                and any(True for _ in child.parameters())]
     if outside:
         warnings.warn(f"no checkpoint was found under {source!r}, so it is not known whether {outside} were made anew: they stay "
-                      "frozen (their linears get adapters); name them in modules_to_save if they have to be trained", stacklevel=4)
+                      "frozen (their linears get adapters); name them in modules_to_save if they have to be trained",
+                      stacklevel=4)
 
 
 def _output_embeddings(model: nn.Module) -> nn.Module | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -19,15 +19,26 @@ def describe_left(model: nn.Module, left: Mapping[str, str]) -> str:
     """
     groups: dict[tuple[str, str], dict[str, list[str]]] = {}
     for name, reason in left.items():
-        pattern = ".".join("*" if part.isdigit() else part for part in name.split("."))
         kind = type(model.get_submodule(name)).__name__, reason
-        groups.setdefault(kind, {}).setdefault(pattern, []).append(name)
+        groups.setdefault(kind, {}).setdefault(_pattern(name), []).append(name)
     return "; ".join(f"{_listed(patterns)} [{cls}]: {reason}" for (cls, reason), patterns in groups.items())
 
 
 def _listed(patterns: Mapping[str, list[str]]) -> str:
     told = [names[0] if len(names) == 1 else f"{pattern} ({len(names)})" for pattern, names in patterns.items()]
     return ", ".join(told[:_SHOWN] + ([f"and {len(told) - _SHOWN} more names"] if len(told) > _SHOWN else []))
+
+
+def listed_by_pattern(names: Sequence[str]) -> str:
+    """Names in short: those that differ only in numbers together."""
+    patterns: dict[str, list[str]] = {}
+    for name in names:
+        patterns.setdefault(_pattern(name), []).append(name)
+    return _listed(patterns)
+
+
+def _pattern(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def tell_left(model: nn.Module, left: Mapping[str, str]) -> str:

@@ -9,6 +9,7 @@ from heterolora_kernels import distributed
 from heterolora_kernels.bases import is_conv1d, is_quantised_linear
 from heterolora_kernels.layers import PatchedQuantised, Path
 from heterolora_kernels.patching import refuse_sharded, remove_heterolora
+from heterolora_kernels.reach import is_read_past
 from heterolora_kernels.state import STATE_NAME, state_of, unwrap
 from heterolora_kernels.undo import undone_on_failure
 
@@ -71,7 +72,9 @@ def check_mergeable(model: nn.Module, drop_shortcuts: bool = False) -> list[Path
     if active and not drop_shortcuts:
         raise ValueError(f"{len(active)} active shortcuts cannot be merged into weights ({active[0]}, ...); save the adapter, "
                          "or pass drop_shortcuts=True to leave them out")
-    lora = [path for path in state.paths.values() if path.site is None and any(path.active_rows())]
+    # What nobody called had no effect, and merged into a weight that is read past its module it would have one.
+    idle = {name for name in state.reach.unreached if is_read_past(model, name)}
+    lora = [path for path in state.paths.values() if path.site is None and any(path.active_rows()) and path.name not in idle]
     alone = [path for path in lora if isinstance(path.holder, PatchedQuantised)]
     quantised = [path for path in alone if is_quantised_linear(path.holder)]
     if alone and not quantised:

@@ -92,7 +92,8 @@ class Packs:
             if self.tensors:
                 self.drop()
             return []
-        # What is made inside a dispatch mode may be without memory (FakeTensorMode), and would be kept; torch.jit.trace would note it down.
+        # What is made inside a dispatch mode may be without memory (FakeTensorMode), and would be kept; torch.jit.trace would
+        # note it down.
         if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
             return []
         return self._make(backend, weight, owner, version, needs_grad)

@@ -470,7 +470,8 @@ def invalidate(model: nn.Module) -> None:
     Args:
         model: a patched model, wrapped or not, or one that :func:`~heterolora_kernels.accelerate_peft` was given.
     """
-    fusions = [fusion for fusion in (module.__dict__.get("_heterolora_fusion") for module in model.modules()) if fusion is not None]
+    fusions = [fusion for fusion in (module.__dict__.get("_heterolora_fusion") for module in model.modules())
+               if fusion is not None]
     owners = fusions if fusions and not is_patched(model) else [module._heterolora for module in state_of(model).linears]
     for owner in owners:
         if owner.packs is not None:

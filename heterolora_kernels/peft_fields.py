@@ -12,7 +12,8 @@ SILENT = frozenset((
     "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_ga_config", "megatron_core", "peft_version",
     "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type"))
 READ = frozenset((
-    "alpha_pattern", "bias", "ensure_weight_tying", "init_lora_weights", "lora_alpha", "lora_dropout", "modules_to_save", "peft_type",
+    "alpha_pattern", "bias", "ensure_weight_tying", "init_lora_weights", "lora_alpha", "lora_dropout", "modules_to_save",
+    "peft_type",
     "r", "rank_pattern", "use_rslora"))
 #: Ways to draw the first weights that leave the base as it is (the others, PiSSA's say, subtract the adapter from it).
 INITS = (True, False, None, "gaussian", "eva", "orthogonal")

@@ -119,7 +119,8 @@ class PeftAdapter:
         rename = renamer(model)
         return dataclasses.replace(
             self, modules={rename(name, modules): module for name, module in self.modules.items()},
-            **{field: {rename(name, tensors): tensor for name, tensor in getattr(self, field).items()} for field in ("heads", "others")},
+            **{field: {rename(name, tensors): tensor for name, tensor in getattr(self, field).items()} for field in ("heads",
+                                                                                                                     "others")},
             head_modules=tuple(rename(name, modules) for name in self.head_modules))
 
     def head_entries(self, model: nn.Module) -> tuple[str, ...]:
@@ -138,7 +139,8 @@ class PeftAdapter:
             if own is None or own.shape != tensor.shape or not torch.equal(own.to(tensor), tensor):
                 meaning = meaning_of(name)
                 if own is None and meaning is not None:
-                    raise ValueError(f"{self.weights}: tensor {name!r} is neither LoRA of a linear nor of modules_to_save: loading it "
+                    raise ValueError(f"{self.weights}: tensor {name!r} is neither LoRA of a linear nor of modules_to_save: "
+                                     f"loading it "
                                      f"would take {meaning}")
                 raise ValueError(f"{self.weights}: tensor {name!r} is neither LoRA nor of modules_to_save, and "
                                  f"{'the model has none of that name' if own is None else 'the model has other values there'}")
@@ -300,7 +302,8 @@ def _module(name: str, pair: Mapping[str, Tensor], config: Mapping, weights: Fil
     alpha = _value_of(name, config.get("alpha_pattern"), config["lora_alpha"])
     if is_of_experts((pair["lora_A"].shape, pair["lora_B"].shape), r):
         raise ValueError(f"{weights}: {name!r} has lora_A {list(pair['lora_A'].shape)} and lora_B {list(pair['lora_B'].shape)}, "
-                         f"{pair['lora_A'].shape[0] // r} times the rank {r} of fields 'r' and 'rank_pattern': factors of stacked "
+                         f"{pair['lora_A'].shape[0] // r} times the rank {r} of fields 'r' and 'rank_pattern': factors of "
+                         f"stacked "
                          "experts ('target_parameters'), which cannot be loaded, or a rank that the fields do not say")
     if pair["lora_A"].shape[0] != r or pair["lora_B"].shape[1] != r:
         raise ValueError(f"{weights}: {name!r} has lora_A {list(pair['lora_A'].shape)} and lora_B "
@@ -365,7 +368,8 @@ def class_names(model: nn.Module) -> list[str]:
 
 
 def heads_to_save(model: nn.Module, state: HeteroLoraState, paths: Sequence[Path]) -> list[str]:
-    """``modules_to_save`` for PEFT: the heads, modules that share a parameter with one or were trained beside the adapters, and heads
+    """``modules_to_save`` for PEFT: the heads, modules that share a parameter with one or were trained beside the adapters,
+    and heads
     that PEFT expects with the task unless a path is in them.
 
     Raises:
@@ -375,15 +379,18 @@ def heads_to_save(model: nn.Module, state: HeteroLoraState, paths: Sequence[Path
     names = [path.name for path in paths]
     beside, lost = peft_modules(model, state.beside.tensors(model, state.is_own), names)
     if lost:
-        raise ValueError(f"format 'peft' cannot hold {lost[0]!r} ({len(lost)} in all), which was trained beside the adapters: PEFT saves "
+        raise ValueError(f"format 'peft' cannot hold {lost[0]!r} ({len(lost)} in all), which was trained beside the adapters: "
+                         f"PEFT saves "
                          "whole modules without adapters; use format='native' or 'merged', or drop_heads=True for the base's own")
     ends = state.heads.other_ends(model)
     if ends:
-        warnings.warn(f"{', '.join(ends)}: tied to a head ({', '.join(sorted(set(ends.values())))}), and saved as often as it has "
+        warnings.warn(f"{', '.join(ends)}: tied to a head ({', '.join(sorted(set(ends.values())))}), and saved as often as it "
+                      f"has "
                       "names: PEFT loads separate tensors, equal until they are trained on", stacklevel=4)
     tied, impossible = peft_modules(model, ends, names)
     if impossible:
-        raise ValueError(f"format 'peft' cannot hold {impossible[0]!r}, which is tied to the head {ends[impossible[0]]!r} and has an "
+        raise ValueError(f"format 'peft' cannot hold {impossible[0]!r}, which is tied to the head {ends[impossible[0]]!r} and "
+                         f"has an "
                          "adapter; use format='native'")
     return list(dict.fromkeys((*state.heads.entries, *tied, *beside, *expected)))
 

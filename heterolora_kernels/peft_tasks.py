@@ -1,4 +1,5 @@
-"""Under which task PEFT can run a model: its class for the task passes arguments by name, which the model's forward has to take."""
+"""Under which task PEFT can run a model: its class for the task passes arguments by name, which the model's forward has to
+take."""
 
 from __future__ import annotations
 

@@ -206,7 +206,8 @@ def _peft(model: nn.Module, state: HeteroLoraState, *, drop_heads: bool, **_) ->
 def _vllm(model: nn.Module, state: HeteroLoraState, *, drop_heads: bool, **_) -> Writer:
     heads = [*_head_tensors(model, state), *state.beside.tensors(model, state.is_own)]
     if heads and not drop_heads:
-        raise ValueError(f"format 'vllm' cannot hold what was trained beside adapters ({heads[0]}, ...): vLLM refuses adapters with "
+        raise ValueError(f"format 'vllm' cannot hold what was trained beside adapters ({heads[0]}, ...): vLLM refuses "
+                         f"adapters with "
                          "modules_to_save; use format='merged', or drop_heads=True for the base's own")
     paths = open_paths(state.paths.values())
     return _peft_writer(*peft_format.as_uniform(peft_format.describe(model, paths, state.config.lora_dropout, ()),
@@ -464,7 +465,8 @@ def _check_ties(model: nn.Module, state: HeteroLoraState, saved: _Saved) -> None
         return
     name = sorted(set(ties.items()) ^ set(saved.tied.items()))[0][0]
     raise ValueError(f"{saved.file}: field 'tied': {name!r} is {'' if name in saved.tied else 'not '}one parameter with "
-                     f"{saved.tied.get(name) or ties[name]!r} in the file, and {'not ' if name in saved.tied else ''}in this model "
+                     f"{saved.tied.get(name) or ties[name]!r} in the file, and {'not ' if name in saved.tied else ''}in this "
+                     f"model "
                      "(tie_word_embeddings)")
 
 
@@ -483,7 +485,8 @@ def _load(model: nn.Module, saved: _Saved, search: RankSearch | None, check_base
         _check_base(model, state, saved)
     left = sorted(state.beside.tensors(model, state.is_own).keys() - saved.others.keys())
     if left and saved.config is not None:
-        warnings.warn(f"{saved.file} does not hold what this model trained beside its adapters ({left[0]}, {len(left)} in all): it "
+        warnings.warn(f"{saved.file} does not hold what this model trained beside its adapters ({left[0]}, {len(left)} in "
+                      f"all): it "
                       "stays as it is", stacklevel=4)
     targets.update(others)
     for name, path in state.paths.items():

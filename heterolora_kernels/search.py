@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from heterolora_kernels import alpha_test, distributed, synflow  # noqa: F401  (the two proxies register themselves)
-from heterolora_kernels.allocation import allocate, averaged, get_allocator, steadied
+from heterolora_kernels.allocation import averaged, by_turns, get_allocator, steadied
 from heterolora_kernels.freezing import check_elementwise
 from heterolora_kernels.history import describe_ranks
 from heterolora_kernels.names import split_path
 from heterolora_kernels.ops.ledger import NUM_COLUMNS, Collector
 from heterolora_kernels.proxies import PathSize, Proxy, get_proxy, normalized, scores_of
+from heterolora_kernels.reach import allocated, without
 from heterolora_kernels.scoring import (
     LossFunction,
     Measures,
@@ -107,8 +108,8 @@ class RankSearch:
         # Of a path, or of each of its rows where rows are ranked.
         self._times_on = {name: [0] * (self._state.paths[name].r if self._per_rank else 1) for name in self._eligible()}
         self._average: dict[str, float | list[float]] = {}
-        self._covered = False
-        self._started = False
+        self._unreached: set[str] = set()
+        self._covered = self._started = False
         self._steps = self._last = self._reallocations = 0
         self._window: Collector | None = None
         self._forget_window: weakref.finalize | None = None
@@ -208,6 +209,8 @@ class RankSearch:
     def allocate(self, scores: Mapping[str, float | list[float]]) -> dict[str, int | list[bool]]:
         """Share the config's budget out by these scores; one draw from the search's generator.
 
+        Paths that training has not reached take no part: a share is one of the others.
+
         Args:
             scores: ``{path: score}`` of every path; for graded ranks ``{path: [score of each row]}``, as
                 ``score(per_rank=True)`` gives them.
@@ -222,12 +225,7 @@ class RankSearch:
         missing = [name for name in paths if name not in scores]
         if missing:
             raise ValueError(f"scores has no entry for {missing[0]!r} and {len(missing) - 1} other paths")
-        return allocate(
-            {name: scores[name] for name in paths}, {name: path.num_parameters for name, path in paths.items()},
-            self.config.budget, kinds={name: path.kind for name, path in paths.items()},
-            max_ranks={name: path.r for name, path in paths.items()}, mode=self.config.mode, ranks=self.config.ranks,
-            budget_unit=self.config.budget_unit, rank_step=self.config.rank_step, min_rank=self.config.min_rank,
-            generator=self._generator)
+        return allocated(paths, scores, self.config, self._generator, self._unreached)
 
     def apply(self, ranks: Mapping[str, int | Tensor | Iterable[bool]]) -> None:
         """Set ranks, in place: no parameter changes identity and nothing recompiles.
@@ -258,7 +256,8 @@ class RankSearch:
         return {
             "version": 2, "ranks": self.config.ranks, "started": self._started, "steps": self._steps, "last": self._last,
             "reallocations": self._reallocations, "times_on": copy.deepcopy(self._times_on), "covered": self._covered,
-            "average": copy.deepcopy(self._average), "reset": self._state.step_hooks.pending_resets(),
+            "average": copy.deepcopy(self._average), "unreached": sorted(self._state.reach.unreached),
+            "reset": self._state.step_hooks.pending_resets(),
             "generator": self._generator.get_state(),
             "history": copy.deepcopy(self.history), "window": window, "warned": sorted(self._warned),
             "masks": {name: list(rows) for name, rows in self._state.rows().items()},
@@ -276,8 +275,8 @@ class RankSearch:
         if state.get("version") != 2:
             raise ValueError(f"state: version must be 2, got {state.get('version')!r}")
         keys = self.state_dict().keys()
-        if keys - state.keys():
-            raise ValueError(f"state is incomplete: {sorted(keys - state.keys())} are missing")
+        if missing := keys - state.keys() - {"unreached"}:  # of an earlier version
+            raise ValueError(f"state is incomplete: {sorted(missing)} are missing")
         if state["ranks"] != self.config.ranks:
             raise ValueError(f"state is that of a search with ranks={state['ranks']!r}, and this one has {self.config.ranks!r}")
         if set(state["masks"]) != set(self.paths):
@@ -293,6 +292,7 @@ class RankSearch:
         self._average = copy.deepcopy(dict(state["average"]))
         self._state.step_hooks.set_pending_resets(state["reset"])
         self._covered = state["covered"]
+        self._state.reach.unreached = self._unreached = set(state.get("unreached", ()))
         self._generator.set_state(state["generator"])
         self.history = copy.deepcopy(list(state["history"]))
         self._warned = set(state["warned"])
@@ -472,12 +472,9 @@ class RankSearch:
         return probe_loader(self._dataloader)
 
     def _reallocate(self) -> None:
-        warming = self._warming()
+        warming, self._unreached = self._warming(), self._state.reach.unreached_everywhere(self.paths, self._state.device)
         if warming:
-            # Who was on least comes first: no path twice before every path once.
-            never = {name: [0] * (path.r if self._per_rank else 1) for name, path in self._state.paths.items()}
-            scores = {name: [-float(times) for times in counts] for name, counts in {**never, **self._times_on}.items()}
-            scores = scores if self._per_rank else {name: first for name, (first,) in scores.items()}
+            scores = by_turns(self._times_on, {name: path.r for name, path in self._state.paths.items()}, self._per_rank)
             made = {"score": None, "statistics": None, "batches": 0}
         else:
             scores, made = self._score(self._proxy, self._score_of(self._proxy), None, self._per_rank, self._measures)
@@ -506,10 +503,11 @@ class RankSearch:
         """Count what is on, and see whether the warm-up has covered everything."""
         rows = self._state.rows()
         on = {name: rows[name] if self._per_rank else (any(rows[name]),) for name in self._times_on}
-        news = any(now and times == 0 for name, counts in self._times_on.items() for now, times in zip(on[name], counts))
+        reached = without(self._times_on, self._unreached)
+        news = any(now and times == 0 for name in reached for now, times in zip(on[name], self._times_on[name]))
         self._times_on = {name: [times + now for now, times in zip(on[name], counts)] for name, counts in self._times_on.items()}
         # A pool whose budget rounds to nothing is never covered: a round that brings nothing new is the last one.
-        self._covered = self._covered or not news or min(map(min, self._times_on.values())) > 0
+        self._covered = self._covered or not news or min(min(self._times_on[name]) for name in reached) > 0
 
     def _decision(self, scores: Mapping[str, float]) -> dict[str, Tensor]:
         """The allocator's answer as masks, checked before anything is switched."""
@@ -535,16 +533,15 @@ class RankSearch:
     def _warn_about_zero_B(self, proxy: Proxy) -> None:
         if not proxy.zero_at_zero_B or f"zero_B:{proxy.name}" in self._warned:
             return
-        lives = torch.stack([distributed.local_part(path.lora_B)[0].any().to(self._state.device, torch.int32)
-                             for path in self._state.paths.values()])
-        zero = [name for name, on in zip(self.paths, distributed.sum_(lives).tolist()) if not on]
+        zero = self._state.paths_of_zero_B()
         if zero:
             self._warn(f"zero_B:{proxy.name}",
                        f"proxy {proxy.name!r} is 0 for every path whose lora_B is 0, and {len(zero)} of {len(self.paths)} are: "
                        "they are ranked at random among themselves and last. Train them first (warmup), or use grad_norm")
 
     def _warn_about_ties(self, scores: Mapping[str, float]) -> None:
-        values = {value for name in self._eligible() for value in (scores[name] if self._per_rank else [scores[name]])}
-        if len(values) == 1 and self._proxy.needs_data and len(self._eligible()) > 1:
-            self._warn("ties", f"all {len(self._eligible())} scores of proxy {self._proxy.name!r} are equal ({values.pop()}): "
+        names = without(self._eligible(), self._unreached)
+        values = {value for name in names for value in (scores[name] if self._per_rank else [scores[name]])}
+        if len(values) == 1 and self._proxy.needs_data and len(names) > 1:
+            self._warn("ties", f"all {len(names)} scores of proxy {self._proxy.name!r} are equal ({values.pop()}): "
                                "the ranks were drawn at random")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 
@@ -16,6 +16,7 @@ from heterolora_kernels.config import HeteroLoraConfig
 from heterolora_kernels.freezing import StepHooks
 from heterolora_kernels.heads import Heads
 from heterolora_kernels.layers import Path, Switches
+from heterolora_kernels.reach import Reach
 from heterolora_kernels.structure import PEFT_REMEDY, Structure, peft_layers, refuse_peft_beside
 
 #: Leaves of the names of a path's tensors.
@@ -38,6 +39,7 @@ class HeteroLoraState:
         structure: where the patched modules lay in the model.
         heads: the modules of ``modules_to_save``.
         beside: what else is trained.
+        reach: which paths training reaches.
         overrides: names of attributes that were put into the model's ``__dict__`` later, and go with the patch.
     """
 
@@ -53,6 +55,7 @@ class HeteroLoraState:
     structure: Structure | None = None
     heads: Heads | None = None
     beside: Beside | None = None
+    reach: Reach = field(default_factory=Reach)
     overrides: list[str] = field(default_factory=list)
     _model: weakref.ref | None = field(default=None, repr=False, compare=False)
 
@@ -88,11 +91,14 @@ class HeteroLoraState:
         """Tell whether a parameter or buffer is an adapter's or a head's, by its name in the model."""
         return name.rpartition(".")[2] in ADAPTER_NAMES or self.heads.has(name)
 
-    def notice(self, optimizer: torch.optim.Optimizer) -> None:
-        """Remember what an optimizer trains beside adapters and heads."""
+    def notice(self, optimizer: torch.optim.Optimizer, paths: Sequence[Path]) -> None:
+        """Remember what an optimizer trains: which paths had a gradient, and what is neither adapter nor head."""
         model = None if self._model is None else self._model()
+        self.reach.observe(paths)
         if model is not None:
             self.beside.notice(model, optimizer, self.is_own, [path.name for path in self.paths.values() if path.site is None])
+            if not self.reach.is_told and distributed.is_first():
+                self.reach.tell(model)
 
     def check_structure(self, alone: bool = False) -> None:
         """Refuse a model in which somebody has moved or replaced patched modules.
@@ -119,6 +125,12 @@ class HeteroLoraState:
         """Bring the derived tensors of every module in line with the masks."""
         for module in self.linears:
             module._heterolora.write_masks()
+
+    def paths_of_zero_B(self) -> list[str]:
+        """Names of the paths whose lora_B is 0; a collective where there are several processes."""
+        lives = torch.stack([distributed.local_part(path.lora_B)[0].any().to(self.device, torch.int32)
+                             for path in self.paths.values()])
+        return [name for name, on in zip(self.paths, distributed.sum_(lives).tolist()) if not on]
 
     def rows(self) -> dict[str, tuple[bool, ...]]:
         """Which rows of each path are active."""

@@ -73,7 +73,8 @@ class Structure:
         return changes
 
 
-PEFT_REMEDY = ("Only PEFT's would be trained, beside patched linears that are frozen. Train one of the two: leave peft_config (of a "
+PEFT_REMEDY = ("Only PEFT's would be trained, beside patched linears that are frozen. Train one of the two: leave peft_config "
+               "(of a "
                "TRL trainer) or get_peft_model away, or patch nothing and call accelerate_peft on PEFT's model")
 
 

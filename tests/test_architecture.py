@@ -17,7 +17,7 @@ ROWS = [
      "backends.triton.launch", "backends.triton.group", "backends.triton", "backends.triton.builds"],
     ["functional"],
     ["instances", "grouping", "packing", "sites", "layers", "wrapped", "proxies", "allocation", "matching", "checkpoint"],
-    ["distributed", "freezing", "structure", "heads", "beside", "state", "bases", "trials", "leftovers", "planning",
+    ["distributed", "freezing", "structure", "heads", "beside", "bases", "leftovers", "reach", "state", "trials", "planning",
      "peft_fields", "peft_names", "peft_tasks", "peft_format", "peft_layers", "patching", "merging"],
     ["history", "plotting", "scoring", "synflow", "alpha_test", "search", "shortcut_effect", "save_and_load"],
     ["callback"],

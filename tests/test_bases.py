@@ -25,9 +25,9 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 
 import heterolora_kernels as hlk
 from heterolora_kernels.bases import features, looks_linear
+from heterolora_kernels.heads import Heads
 from heterolora_kernels.instances import is_swapped
 from heterolora_kernels.layers import PatchedLinear, PatchedQuantised
-from heterolora_kernels.heads import Heads
 from heterolora_kernels.planning import find_targets
 from heterolora_kernels.state import state_of
 from heterolora_kernels.trials import ANY_NAME, ITSELF, PLAIN, WRAPPED, forget, judge

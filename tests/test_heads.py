@@ -117,7 +117,8 @@ def llama(tied: bool = True) -> nn.Module:
 
 def gpt2() -> nn.Module:
     torch.manual_seed(0)
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=VOCAB, n_embd=HIDDEN, n_layer=2, n_head=HEADS, n_positions=64,
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=VOCAB, n_embd=HIDDEN, n_layer=2, n_head=HEADS,
+                                                                n_positions=64,
                                                                 resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).eval()
 
 
@@ -128,7 +129,8 @@ def t5() -> nn.Module:
         decoder_start_token_id=0, eos_token_id=1)).eval()
 
 
-TIED = {"llama_embedding": (llama, ["embed_tokens"], "model.embed_tokens.weight"), "llama_head": (llama, ["lm_head"], "lm_head.weight"),
+TIED = {"llama_embedding": (llama, ["embed_tokens"], "model.embed_tokens.weight"), "llama_head": (llama, ["lm_head"],
+                                                                                                  "lm_head.weight"),
         "gpt2_wte": (gpt2, ["wte"], "transformer.wte.weight"), "gpt2_head": (gpt2, ["lm_head"], "lm_head.weight"),
         "t5_shared": (t5, ["shared"], "shared.weight")}
 every_tie = pytest.mark.parametrize("build, heads, name", TIED.values(), ids=TIED)
@@ -211,7 +213,8 @@ def test_ends_that_differ_are_refused(through, tmp_path):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]))
+        model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens",
+                                                                                                              "lm_head"]))
         with torch.no_grad():
             model.base_model.model.lm_head.modules_to_save.default.weight.add_(1.0)
         model.save_pretrained(str(tmp_path))
@@ -219,6 +222,7 @@ def test_ends_that_differ_are_refused(through, tmp_path):
     calls = {"load": lambda: hlk.load_adapter(llama(), tmp_path),
              "load_patched": lambda: hlk.load_adapter(hlk.apply_heterolora(llama(), config_of(**patched)), tmp_path),
              "init_from": lambda: hlk.apply_heterolora(llama(), config_of(init_from=tmp_path))}
-    with pytest.raises(ValueError, match="have other values, and in this model they are one parameter.*tie_word_embeddings=False"):
+    with pytest.raises(ValueError, match="have other values, and in this model they are one "
+                                         "parameter.*tie_word_embeddings=False"):
         calls[through]()
     assert torch.is_tensor(outputs(hlk.load_adapter(llama(tied=False), tmp_path)))

@@ -24,25 +24,32 @@ peft = pytest.importorskip("peft", reason="peft is not installed")
 from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists  # noqa: E402
 from peft.utils.other import get_pattern_key  # noqa: E402
 
-_PARTS = ["model", "layers", "h", "encoder", "0", "1", "10", "self_attn", "q_proj", "proj", "mlp", "experts", "norm", "lm_head", "a_b"]
+_PARTS = ["model", "layers", "h", "encoder", "0", "1", "10", "self_attn", "q_proj", "proj", "mlp", "experts", "norm", "lm_head",
+          "a_b"]
 names = st.lists(st.sampled_from(_PARTS), min_size=1, max_size=6).map(".".join)
-entries = st.one_of(names, st.sampled_from(["q_proj", "proj", "layers.1.self_attn.q_proj", "self_attn.q_proj", "norm", "0", "1.mlp"]))
-regexes = st.one_of(entries, st.sampled_from([r".*\.0\..*", r".*(q|a)_.*", r"model\.layers\.[01]\.[a-z_]*", r".*proj", r"^model.*norm"]))
+entries = st.one_of(names, st.sampled_from(["q_proj", "proj", "layers.1.self_attn.q_proj", "self_attn.q_proj", "norm", "0",
+                                            "1.mlp"]))
+regexes = st.one_of(entries, st.sampled_from([r".*\.0\..*", r".*(q|a)_.*", r"model\.layers\.[01]\.[a-z_]*", r".*proj",
+                                              r"^model.*norm"]))
 
 
 @fuzz(300)
 @given(name=names, targets=st.one_of(st.lists(entries, min_size=1, max_size=3), regexes),
-       excluded=st.one_of(st.none(), st.lists(entries, max_size=2), regexes), heads=st.one_of(st.none(), st.lists(entries, max_size=2)),
+       excluded=st.one_of(st.none(), st.lists(entries, max_size=2), regexes), heads=st.one_of(st.none(), st.lists(entries,
+                                                                                                                  max_size=2)),
        layers=st.one_of(st.none(), st.integers(0, 2), st.lists(st.integers(0, 10), max_size=3)),
-       pattern=st.one_of(st.none(), st.sampled_from(["layers", "h"]), st.lists(st.sampled_from(["layers", "h", "experts"]), max_size=2)))
+       pattern=st.one_of(st.none(), st.sampled_from(["layers", "h"]), st.lists(st.sampled_from(["layers", "h", "experts"]),
+                                                                               max_size=2)))
 def test_targets_are_those_of_peft(name, targets, excluded, heads, layers, pattern):
     if isinstance(targets, str):
         layers = pattern = None
     if layers is None:
         pattern = None
     theirs = check_target_module_exists(peft.LoraConfig(
-        target_modules=targets, exclude_modules=excluded, modules_to_save=heads, layers_to_transform=layers, layers_pattern=pattern), name)
-    ours = hlk.HeteroLoraConfig(target_modules=targets, exclude_modules=excluded, modules_to_save=heads, layers_to_transform=layers,
+        target_modules=targets, exclude_modules=excluded, modules_to_save=heads, layers_to_transform=layers,
+        layers_pattern=pattern), name)
+    ours = hlk.HeteroLoraConfig(target_modules=targets, exclude_modules=excluded, modules_to_save=heads,
+                                layers_to_transform=layers,
                                 layers_pattern=pattern)
     assert is_excluded(name, ours) == isinstance(theirs, _ExcludedModule)
     if not is_excluded(name, ours):
@@ -72,11 +79,13 @@ def test_heads_are_those_of_peft(name, entries, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = peft.get_peft_model(MODELS[name](), peft.LoraConfig(r=2, target_modules=targets, modules_to_save=entries))
-        ours = hlk.apply_heterolora(MODELS[name](), hlk.HeteroLoraConfig(r=2, target_modules=targets, modules_to_save=entries, search="off"))
+        ours = hlk.apply_heterolora(MODELS[name](), hlk.HeteroLoraConfig(r=2, target_modules=targets, modules_to_save=entries,
+                                                                         search="off"))
     wrapped = {module.removeprefix("base_model.model.") for module, m in theirs.named_modules()
                if isinstance(m, peft.utils.ModulesToSaveWrapper)}
     assert state_of(ours).heads.modules == wrapped
-    trained = {re.sub(r"\.modules_to_save\.default", "", n.removeprefix("base_model.model.")) for n, p in theirs.named_parameters()
+    trained = {re.sub(r"\.modules_to_save\.default", "", n.removeprefix("base_model.model.")) for n,
+               p in theirs.named_parameters()
                if p.requires_grad and "lora_" not in n}
     # A tied parameter has one name there and here.
     assert {id(p) for n, p in ours.named_parameters() if p.requires_grad and "lora_" not in n} == {
@@ -85,9 +94,11 @@ def test_heads_are_those_of_peft(name, entries, tmp_path):
 
 @pytest.mark.parametrize("layers, pattern", [([0, 2], None), (1, "layers"), ([1], ["h", "layers"]), ([], None)])
 def test_layers_to_transform(layers, pattern):
-    config = dict(r=2, target_modules=["q_proj", "model.layers.0.mlp.up_proj"], layers_to_transform=layers, layers_pattern=pattern)
+    config = dict(r=2, target_modules=["q_proj", "model.layers.0.mlp.up_proj"], layers_to_transform=layers,
+                  layers_pattern=pattern)
     theirs = peft.get_peft_model(make_model("llama"), peft.LoraConfig(**config))
-    expected = {name.removeprefix("base_model.model.") for name, m in theirs.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+    expected = {name.removeprefix("base_model.model.") for name, m in theirs.named_modules() if isinstance(m,
+                                                                                                           peft.tuners.lora.LoraLayer)}
     ours = hlk.apply_heterolora(make_model("llama"), hlk.HeteroLoraConfig(**config, search="off"))
     assert state_of(ours).paths.keys() == expected
     assert hlk.HeteroLoraConfig.from_dict(state_of(ours).config.to_dict()) == state_of(ours).config
@@ -115,7 +126,8 @@ def test_heads_hold_what_lies_below_them():
 
 def test_a_head_of_distilbert_comes_back(tmp_path):
     torch.manual_seed(0)
-    config = transformers.DistilBertConfig(vocab_size=61, dim=32, hidden_dim=48, n_layers=2, n_heads=4, max_position_embeddings=64,
+    config = transformers.DistilBertConfig(vocab_size=61, dim=32, hidden_dim=48, n_layers=2, n_heads=4,
+                                           max_position_embeddings=64,
                                            dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0)
     model = transformers.DistilBertForSequenceClassification(config).eval()
     hlk.apply_heterolora(model, hlk.HeteroLoraConfig(search="off", init_B="kaiming_uniform"))

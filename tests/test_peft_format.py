@@ -281,5 +281,6 @@ def test_a_head_tied_to_an_adapted_module_is_refused(tmp_path):
     model = make_model("llama")
     model.lm_head.weight = model.model.embed_tokens.weight
     patch(model, shortcuts=(), target_modules=["q_proj", "lm_head"], modules_to_save=["embed_tokens"])
-    with pytest.raises(ValueError, match="'lm_head.weight', which is tied to the head 'model.embed_tokens.weight' and has an adapter"):
+    with pytest.raises(ValueError, match="'lm_head.weight', which is tied to the head 'model.embed_tokens.weight' and has an "
+                                         "adapter"):
         hlk.save_adapter(model, tmp_path, "peft")

@@ -56,7 +56,8 @@ def test_old_names_are_mapped_as_peft_maps_them(now, before, through, tmp_path):
     elif through == "load_adapter":
         model = hlk.load_adapter(llava(), tmp_path)
     else:
-        model = hlk.load_adapter(hlk.apply_heterolora(llava(), hlk.HeteroLoraConfig(lora_alpha=8, search="off", **options)), tmp_path)
+        model = hlk.load_adapter(hlk.apply_heterolora(llava(), hlk.HeteroLoraConfig(lora_alpha=8, search="off", **options)),
+                                 tmp_path)
     assert_models_agree(model, made, outputs)
 
 
@@ -85,10 +86,13 @@ def mixtral() -> nn.Module:
 
 SAVED = {
     "dora": (llama, dict(target_modules=["q_proj"], use_dora=True), "field 'use_dora' is True.*DoRA's magnitudes"),
-    "lora_bias": (llama, dict(target_modules=["q_proj"], lora_bias=True, init_lora_weights=False), "field 'lora_bias' is True.*bias behind"),
+    "lora_bias": (llama, dict(target_modules=["q_proj"], lora_bias=True, init_lora_weights=False),
+                  "field 'lora_bias' is True.*bias behind"),
     "bias": (llama, dict(target_modules=["q_proj"], bias="all"), "field 'bias' is 'all'"),
-    "tokens": (llama, dict(target_modules=["q_proj"], trainable_token_indices=[1, 2]), "field 'trainable_token_indices'.*rows of the embedding"),
-    "pissa": (llama, dict(target_modules=["q_proj"], init_lora_weights="pissa"), "field 'init_lora_weights' is 'pissa'.*other base"),
+    "tokens": (llama, dict(target_modules=["q_proj"], trainable_token_indices=[1, 2]), "field 'trainable_token_indices'.*rows "
+                                                                                       "of the embedding"),
+    "pissa": (llama, dict(target_modules=["q_proj"], init_lora_weights="pissa"), "field 'init_lora_weights' is 'pissa'.*other "
+                                                                                 "base"),
     "olora": (llama, dict(target_modules=["q_proj"], init_lora_weights="olora"), "field 'init_lora_weights' is 'olora'"),
     "experts": (mixtral, dict(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"]),
                 "field 'target_parameters' is .*stacked parameter"),
@@ -119,7 +123,8 @@ def test_stacked_experts_without_their_field_are_named(tmp_path):
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "target_parameters": None}))
     model = mixtral()
-    assert_untouched(model, lambda: hlk.load_adapter(model, tmp_path), "4 times the rank 2.*stacked experts|modules that the model does not")
+    assert_untouched(model, lambda: hlk.load_adapter(model, tmp_path), "4 times the rank 2.*stacked experts|modules that the "
+                                                                       "model does not")
 
 
 def test_experts_of_their_own_into_a_model_that_stacks_them(tmp_path):

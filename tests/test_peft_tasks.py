@@ -45,7 +45,8 @@ def _of(model: str, config: Callable[[], object]) -> Callable[[], nn.Module]:
 
 
 def _llava():
-    return transformers.LlavaConfig(text_config=transformers.LlamaConfig(**_TEXT), vision_config=transformers.CLIPVisionConfig(**_VISION),
+    return transformers.LlavaConfig(text_config=transformers.LlamaConfig(**_TEXT),
+                                    vision_config=transformers.CLIPVisionConfig(**_VISION),
                                     image_token_index=63)
 
 

@@ -49,7 +49,8 @@ CHANGES = {
     "replaced_linear": ({}, replace_linear, r"'model\.layers\.1\.mlp\.up_proj' is another Linear now"),
     "deleted_layer": ({}, delete_layer, r"'model\.layers\.0' is another LlamaDecoderLayer now"),
     "dropped_layers": ({}, drop_last_layers, r"'model\.layers\.1' is gone"),
-    "replaced_source": (dict(shortcuts="all"), replace_hooked_norm, r"'model\.layers\.1\.input_layernorm' is another Identity now"),
+    "replaced_source": (dict(shortcuts="all"), replace_hooked_norm, r"'model\.layers\.1\.input_layernorm' is another Identity "
+                                                                    r"now"),
 }
 every_change = pytest.mark.parametrize("options, change, named", CHANGES.values(), ids=CHANGES)
 

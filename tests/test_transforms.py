@@ -48,7 +48,8 @@ def twin_of(model: nn.Module) -> nn.Module:
             self.lora_A, self.lora_B = (nn.Parameter(getattr(linear, leaf).detach().clone()) for leaf in ("lora_A", "lora_B"))
 
         def forward(self, x):
-            return nn.functional.linear(x, self.linear.weight, self.linear.bias) + self.s * (x @ self.lora_A.t()) @ self.lora_B.t()
+            return nn.functional.linear(x, self.linear.weight,
+                                        self.linear.bias) + self.s * (x @ self.lora_A.t()) @ self.lora_B.t()
 
     return nn.Sequential(*(Sum(part) if hasattr(part, "lora_A") else part for part in model))
 
@@ -83,15 +84,21 @@ def dual(model):
         return forward_ad.unpack_dual(model(forward_ad.make_dual(x, v))).tangent
 
 
+def vmap_of_a_backward(model):
+    out, adapters = model(x), [p for name, p in model.named_parameters() if name in adapters_of(model)]
+    return vmap(lambda given: torch.autograd.grad(out, adapters, given, retain_graph=True))(torch.eye(15).reshape(15, 5, 3))
+
+
 TRANSFORMS = {
-    "vmap": lambda model: vmap(model)(x), "jacrev": lambda model: jacrev(model)(x[0]), "jacfwd": lambda model: jacfwd(model)(x[0]),
-    "per_sample": per_sample, "hessian_vector": hessian_vector, "jvp": lambda model: jvp(model, (x,), (v,))[1], "dual_level": dual,
+    "vmap": lambda model: vmap(model)(x), "jacrev": lambda model: jacrev(model)(x[0]),
+    "jacfwd": lambda model: jacfwd(model)(x[0]),
+    "per_sample": per_sample, "hessian_vector": hessian_vector, "jvp": lambda model: jvp(model, (x,), (v,))[1],
+    "dual_level": dual,
     "jacobian_vectorized": lambda model: torch.autograd.functional.jacobian(model, x, vectorize=True),
-    "vjp_batched": lambda model: torch.autograd.grad(model(x), [p for n, p in model.named_parameters() if n in adapters_of(model)],
+    "vjp_batched": lambda model: torch.autograd.grad(model(x), [p for n, p in model.named_parameters()
+                                                                if n in adapters_of(model)],
                                                      torch.eye(15).reshape(15, 5, 3), is_grads_batched=True),
-    "vmap_of_a_backward": lambda model: vmap(lambda g, out=model(x): torch.autograd.grad(
-        out, [p for n, p in model.named_parameters() if n in adapters_of(model)], g, retain_graph=True))(
-            torch.eye(15).reshape(15, 5, 3)),
+    "vmap_of_a_backward": vmap_of_a_backward,
 }
 
 
@@ -179,7 +186,8 @@ def test_peft_layers_take_what_peft_takes(make, dense):
     def run(accelerated):
         # One layer: no activation takes all of these.
         torch.manual_seed(0)
-        model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 3)), peft.LoraConfig(target_modules=["0"], init_lora_weights=False))
+        model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 3)), peft.LoraConfig(target_modules=["0"],
+                                                                                    init_lora_weights=False))
         with torch.no_grad():
             return dense((hlk.accelerate_peft(model) if accelerated else model)(make()))
     close(run(True), run(False))

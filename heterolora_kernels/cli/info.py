@@ -26,10 +26,10 @@ from heterolora_kernels.allocation import allocate, available_allocators, get_al
 from heterolora_kernels.backends import available_backends, backend_remarks, extra, unavailable_backends
 from heterolora_kernels.cli import data, options
 from heterolora_kernels.config import HeteroLoraConfig
+from heterolora_kernels.heads import find_heads
 from heterolora_kernels.names import split_path
 from heterolora_kernels.packing import AUTO_SHARE
 from heterolora_kernels.peft_format import read_peft
-from heterolora_kernels.heads import find_heads
 from heterolora_kernels.planning import (
     PlannedLayer,
     PlannedPath,

@@ -79,12 +79,14 @@ def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",") if part.strip()]
 
 
-_TYPES = {"numbers": _numbers, "int": int, "float": float, "str": str, "number": _number, "names": parse_names, "pattern": _pattern, "path": Path}
+_TYPES = {"numbers": _numbers, "int": int, "float": float, "str": str, "number": _number, "names": parse_names,
+          "pattern": _pattern, "path": Path}
 
 
 #: What a TOML file may hold, by kind of flag.
 _WRITTEN = {"int": (int, "a whole number"), "float": ((int, float), "a number"), "str": (str, "a string"),
-            "names": ((str, list), "a name or a list of names"), "numbers": ((int, list), "a number or a list of numbers"), "bool": (bool, "true or false")}
+            "names": ((str, list), "a name or a list of names"), "numbers": ((int, list), "a number or a list of numbers"),
+            "bool": (bool, "true or false")}
 
 
 def flag_of(name: str) -> str:

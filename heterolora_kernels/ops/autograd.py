@@ -241,7 +241,8 @@ def call_lora_delta(backend: str, x: Tensor, base_outs: Sequence[Tensor], source
         if outs is not NotImplemented:
             return outs
     if _is_composite(base_outs[0]):
-        return composite.lora_delta(x, base_outs, sources, lora_A, lora_B, scaling, gate, rng, path_output, path_source, dropout_p,
+        return composite.lora_delta(x, base_outs, sources, lora_A, lora_B, scaling, gate, rng, path_output, path_source,
+                                    dropout_p,
                                     probe)
     outs = _call("lora_delta", backend, _flat(x), [_flat(out) for out in base_outs], (), (), [_flat(u) for u in sources], lora_A,
                  lora_B, scaling, gate, active, rng, path_output, path_source, dropout_p, probe)
