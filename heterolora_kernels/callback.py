@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from heterolora_kernels.files import decode, encode
 from heterolora_kernels.patching import count_parameters
-from heterolora_kernels.save_and_load import NATIVE_NAME, write_native
+from heterolora_kernels.save_and_load import write_native
 from heterolora_kernels.scoring import LossFunction, Metric, default_loss, inputs_of, loss_in
 from heterolora_kernels.search import RankSearch
 from heterolora_kernels.state import ADAPTER_NAMES, HeteroLoraState, state_of, unwrap
@@ -245,14 +244,8 @@ class _TrainerSide:
         if not is_main_process:
             return
         search = None if self.callback is None else self.callback.search
-        directory = Path(save_directory)
-        directory.mkdir(parents=True, exist_ok=True)
         # Not the folder as a whole: it may be the working directory, or hold all checkpoints.
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as folder:
-            write_native(self._model, folder, search=search, weights_name=_WEIGHTS_NAME)
-            # The record last: it names the checksum of its weights.
-            for name in (_WEIGHTS_NAME, NATIVE_NAME):
-                os.replace(os.path.join(folder, name), directory / name)
+        write_native(self._model, save_directory, search=search, weights_name=_WEIGHTS_NAME, keep_folder=True)
 
     def load_state_dict(self, state_dict: Mapping, *args, **kwargs):
         """The model's own; weights of the base that an adapter leaves out are not reported as missing."""

@@ -1,25 +1,14 @@
-"""Folders that are on disk as a whole or not at all, and what lies in them: JSON and safetensors. Nothing is ever unpickled.
-
-A folder is written beside its place and takes it in one step, so that a reader, and whoever comes after a kill, finds either
-what was there before or what was to be there. What a killed process left lying is cleared by the next one that writes there.
-"""
+"""What lies in a folder: JSON and safetensors. Nothing is ever unpickled."""
 
 from __future__ import annotations
 
 import base64
-import ctypes
-import errno
 import hashlib
 import json
 import math
 import os
-import re
-import secrets
-import shutil
 import stat
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -27,212 +16,19 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from heterolora_kernels.undo import put_back
-
-# linux/fcntl.h and linux/fs.h
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
+from heterolora_kernels.disk import beside, sync
 
 #: Marks what JSON has no form for.
 _KIND = "__kind__"
-
-#: Temporary folders that this process is writing, by name: its number alone says nothing where numbers are used again.
-_writing: set[str] = set()
-
-
-def _beside(target: Path, purpose: str) -> Path:
-    return target.with_name(f".{target.name}.{purpose}-{os.getpid()}-{secrets.token_hex(4)}")
-
-
-def _left_lying(target: Path, purpose: str) -> list[Path]:
-    """Folders for this purpose whose process is gone, the newest last."""
-    pattern = re.compile(rf"{re.escape(f'.{target.name}.{purpose}-')}(\d+)-[0-9a-f]+")
-    found = [target.with_name(name) for name in (os.listdir(target.parent) if target.parent.is_dir() else ())
-             if (match := pattern.fullmatch(name)) and name not in _writing and not _is_alive(int(match[1]))]
-    return sorted(found, key=lambda path: path.stat().st_mtime)
-
-
-def _is_alive(pid: int) -> bool:
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def find_folder(directory: str | os.PathLike) -> Path:
-    """The folder of that name; the one set aside if a kill came while it was being replaced in two steps.
-
-    Raises:
-        FileNotFoundError, ValueError: there is none, or a file of that name.
-    """
-    target = Path(os.path.realpath(directory))
-    if target.is_dir():
-        return target
-    if target.exists():
-        raise ValueError(f"directory must be a folder, and {target} is a file")
-    aside = _left_lying(target, "aside")
-    if not aside:
-        raise FileNotFoundError(f"directory: there is no folder {target}")
-    return aside[-1]
-
-
-@contextmanager
-def replaced_folder(directory: str | os.PathLike, stale: Callable[[str], bool] = lambda name: False) -> Iterator[Path]:
-    """A new folder to write into, which takes the place of ``directory`` when the block ends.
-
-    Files that only the old folder has are taken over (as hard links, where the file system has them). Until the block has
-    ended well and everything is on the disk, the old folder is what it was; after a failure too. Nobody else should write
-    into the old one meanwhile.
-
-    Args:
-        stale: of a file's name: whether it is left behind.
-
-    Raises:
-        ValueError: directory is a file, a mount point, or holds the working directory, which would lose its place.
-    """
-    target = Path(os.path.realpath(directory))
-    _check_replaceable(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _clear(target)
-    folder = _beside(target, "saving")
-
-    def clear() -> None:
-        # After a failure it holds what is new, else what is old.
-        shutil.rmtree(folder, ignore_errors=True)
-        _writing.discard(folder.name)
-
-    with put_back(clear):
-        _writing.add(folder.name)
-        folder.mkdir()
-        yield folder
-        if target.exists():
-            folder.chmod(stat.S_IMODE(target.stat().st_mode))
-            _take_over(target, folder, stale)
-        _sync_tree(folder)
-        _put_in_place(folder, target)
-
-
-def _check_replaceable(target: Path) -> None:
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"directory must be a folder, and {target} is a file")
-    if os.path.ismount(target):
-        raise ValueError(f"directory: {target} is a mount point, which cannot be replaced in one step; name a folder in it")
-    if Path.cwd().is_relative_to(target):
-        raise ValueError(f"directory: {target} holds the working directory, and is replaced as a whole; name a folder in it")
-
-
-def _clear(target: Path) -> None:
-    """Remove what killed processes left; a folder that one of them set aside and did not replace comes back."""
-    aside = _left_lying(target, "aside")
-    if aside and not target.exists():
-        os.rename(aside.pop(), target)
-    for folder in (*aside, *_left_lying(target, "saving")):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _take_over(old: Path, new: Path, stale: Callable[[str], bool]) -> None:
-    for entry in os.scandir(old):
-        place = new / entry.name
-        if stale(entry.name) or os.path.lexists(place):
-            continue
-        if entry.is_dir(follow_symlinks=False):
-            shutil.copytree(entry.path, place, symlinks=True, copy_function=_link)
-        else:
-            _link(entry.path, place)
-
-
-def _link(source: str, place: str | os.PathLike) -> None:
-    try:
-        os.link(source, place, follow_symlinks=False)
-    except OSError:
-        shutil.copy2(source, place, follow_symlinks=False)
-
-
-def _sync(path: str | os.PathLike) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        # Some network file systems have no such thing for folders.
-        if error.errno != errno.EINVAL:
-            raise
-    finally:
-        os.close(handle)
-
-
-def _sync_tree(folder: Path) -> None:
-    for place, _, files in os.walk(folder, topdown=False):
-        for name in files:
-            status = os.lstat(os.path.join(place, name))
-            # What has a second name is the old folder's and was on the disk before.
-            if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
-                _sync(os.path.join(place, name))
-        _sync(place)
-
-
-def _inode(path: Path) -> int | None:
-    try:
-        return os.lstat(path).st_ino
-    except FileNotFoundError:
-        return None
-
-
-def _put_in_place(folder: Path, target: Path) -> None:
-    """``target`` becomes ``folder`` and the other way round; as before if anything fails."""
-    new, aside = _inode(folder), _beside(target, "aside")
-    _writing.add(aside.name)
-    try:
-        if target.exists():
-            _trade(folder, target, aside)
-        else:
-            os.rename(folder, target)
-        _sync(target.parent)
-    except BaseException:
-        # An interrupt may come between any two steps: what has happened is read from the disk.
-        if _inode(target) == new and folder.exists():
-            _trade(folder, target, aside)
-        elif _inode(target) == new:
-            os.rename(target, folder)
-        if aside.exists():
-            os.rename(aside, target)
-        raise
-    finally:
-        _writing.discard(aside.name)
-
-
-def _trade(folder: Path, target: Path, aside: Path) -> None:
-    if not _exchange(folder, target):
-        os.rename(target, aside)
-        os.rename(folder, target)
-        os.rename(aside, folder)
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """Exchange two names in one step (renameat2); False where the system or the file system cannot."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
-    if renameat2 is None:
-        return False
-    if renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-        return False
-    raise OSError(code, os.strerror(code), str(first), None, str(second))
 
 
 def write_file(path: str | os.PathLike, content: bytes) -> None:
     """Replace one file at once: who reads it, and who comes after a kill, finds the old one or the new one."""
     target = Path(path)
-    partial = _beside(target, "saving")
+    partial = beside(target, "saving")
     try:
         partial.write_bytes(content)
-        _sync(partial)
+        sync(partial)
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)

@@ -23,7 +23,8 @@ from heterolora_kernels.bases import is_conv1d
 from heterolora_kernels.beside import peft_modules
 from heterolora_kernels.config import HeteroLoraConfig
 from heterolora_kernels.distributed import full
-from heterolora_kernels.files import field_of, find_folder, read_json, read_tensors
+from heterolora_kernels.files import field_of, read_json, read_tensors
+from heterolora_kernels.folders import settled
 from heterolora_kernels.heads import Heads
 from heterolora_kernels.layers import Path
 from heterolora_kernels.peft_fields import check_fields, is_of_experts, meaning_of
@@ -228,7 +229,11 @@ def read_peft(directory: str | os.PathLike) -> PeftAdapter:
     Raises:
         FileNotFoundError, ValueError: name the file and the field or tensor.
     """
-    folder = find_folder(directory)
+    return settled(directory, read_peft_files)
+
+
+def read_peft_files(folder: FilePath) -> PeftAdapter:
+    """:func:`read_peft` of a folder into which nobody writes."""
     config = _read_config(folder / CONFIG_NAME)
     weights = folder / WEIGHTS_NAME
     if not weights.exists() and (folder / "adapter_model.bin").exists():

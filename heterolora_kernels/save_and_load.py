@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import math
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -20,7 +19,7 @@ from pathlib import Path as FilePath
 import torch
 from torch import Tensor, nn
 
-from heterolora_kernels import beside, distributed, files, peft_format
+from heterolora_kernels import beside, distributed, files, folders, peft_format
 from heterolora_kernels._version import __version__
 from heterolora_kernels.config import HeteroLoraConfig
 from heterolora_kernels.files import field_of
@@ -28,18 +27,15 @@ from heterolora_kernels.layers import PatchedQuantised, Path
 from heterolora_kernels.merging import check_mergeable, merged_weight
 from heterolora_kernels.patching import apply_heterolora
 from heterolora_kernels.peft_format import PeftAdapter, heads_to_save, open_paths, own_tensors
+from heterolora_kernels.saved_files import NATIVE_NAME, replaced_by
 from heterolora_kernels.search import RankSearch
 from heterolora_kernels.shortcut_effect import effect_of_shortcuts
 from heterolora_kernels.state import ADAPTER_NAMES, HeteroLoraState, is_patched, state_of, unwrap
 from heterolora_kernels.undo import structure_of, undone_on_failure, values_of
 
-NATIVE_NAME = "heterolora.json"
-
 _FORMAT, _VERSION = "heterolora", 1
 #: Values of each base weight that are kept, evenly strided, to notice another base.
 _SAMPLES = 8
-#: Files of an earlier merged model, which a reader would prefer to the new ones.
-_MERGED = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 
 #: Writes the files of one save into a folder.
 Writer = Callable[[FilePath], None]
@@ -85,6 +81,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, format: str = "
         raise ValueError(f"no {'LoRA ' if shortcuts else ''}path is active: there is no adapter to save")
     if not distributed.is_first() and distributed.wrapper_of(model) is None:
         return
+    # Before anything is computed, and again when everything is written.
+    replaced_by(format, FilePath(directory))
     state.step_hooks.warn_if_undriven(state.config.search)
     state.reshard()
     write = _FORMATS[format](model, state, search=search, drop_heads=drop_heads)
@@ -92,16 +90,21 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, format: str = "
         warnings.warn(f"left out {len(shortcuts)} shortcuts: {effect_of_shortcuts(model, state, batches)}", stacklevel=2)
     if not distributed.is_first():
         return
-    with files.replaced_folder(directory, lambda name: format == "merged" and _MERGED.fullmatch(name) is not None) as folder:
+    with folders.replaced_folder(directory, lambda folder: replaced_by(format, folder)) as folder:
         write(folder)
 
 
 def write_native(model: nn.Module, directory: str | os.PathLike, *, search: RankSearch | None = None,
-                 weights_name: str = "adapter.safetensors") -> None:
-    """Write the native format, whatever is active, from every process that calls; ``weights_name``: of the file of tensors."""
+                 weights_name: str = "adapter.safetensors", keep_folder: bool = False) -> None:
+    """Write the native format, whatever is active, from every process that calls.
+
+    Args:
+        weights_name: of the file of tensors.
+        keep_folder: write into the folder instead of replacing it as a whole.
+    """
     state_of(model).check_structure()
     write = _native(unwrap(model), state_of(model), search=search, weights_name=weights_name)
-    with files.replaced_folder(directory) as folder:
+    with (folders.updated_folder if keep_folder else folders.replaced_folder)(directory) as folder:
         write(folder)
 
 
@@ -293,7 +296,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, search: Rank
     if isinstance(saved, PeftAdapter):
         return apply_heterolora(model, HeteroLoraConfig(
             r=saved.config["r"], lora_alpha=saved.config["lora_alpha"], use_rslora=saved.is_rslora, lora_dropout=saved.dropout,
-            modules_to_save=(), search="off", init_from=files.find_folder(directory)))
+            modules_to_save=(), search="off", init_from=folders.find_folder(directory)))
     if search is not None and saved.search is None:
         raise ValueError(f"search: {saved.file} holds no state of a search")
     if patched:
@@ -314,13 +317,15 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, search: Rank
 
 def _read(directory: str | os.PathLike, model: nn.Module | None) -> _Saved | PeftAdapter:
     """What a folder holds; a PEFT adapter in the native format's terms where there is a patched ``model``."""
-    folder = files.find_folder(directory)
-    if (folder / NATIVE_NAME).exists():
-        return _read_native(folder)
-    if not (folder / peft_format.CONFIG_NAME).exists():
-        raise FileNotFoundError(f"directory: {folder} has neither {NATIVE_NAME} nor {peft_format.CONFIG_NAME}")
-    adapter = peft_format.read_peft(folder)
-    return adapter if model is None else _from_peft(adapter, unwrap(model))
+    def read(folder: FilePath) -> _Saved | PeftAdapter:
+        if (folder / NATIVE_NAME).exists():
+            return _read_native(folder)
+        if not (folder / peft_format.CONFIG_NAME).exists():
+            raise FileNotFoundError(f"directory: {folder} has neither {NATIVE_NAME} nor {peft_format.CONFIG_NAME}")
+        return peft_format.read_peft_files(folder)
+
+    found = folders.settled(directory, read)
+    return found if model is None or isinstance(found, _Saved) else _from_peft(found, unwrap(model))
 
 
 def load_search_state(directory: str | os.PathLike) -> dict:
@@ -335,7 +340,7 @@ def load_search_state(directory: str | os.PathLike) -> dict:
     Raises:
         FileNotFoundError, ValueError: name the file and the field.
     """
-    file = files.find_folder(directory) / NATIVE_NAME
+    file = folders.find_folder(directory) / NATIVE_NAME
     state = _search_of(_read_record(file), file)
     if state is None:
         raise ValueError(f"{file}: field 'search' is null: the adapter was saved without a search")

@@ -10,8 +10,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "heterolora_kernels"
 
 ROWS = [
-    ["_env", "_version", "undo"],
-    ["ops.ledger", "ops.rng", "ops.composite", "ops.rules", "ops.schema", "ops.autograd", "config", "names", "files"],
+    ["_env", "_version", "undo", "disk"],
+    ["ops.ledger", "ops.rng", "ops.composite", "ops.rules", "ops.schema", "ops.autograd", "config", "names", "folders", "files"],
     ["backends", "backends.reference", "backends.cpu", "backends.triton.plan", "backends.triton.configs",
      "backends.triton.device", "backends.triton.forward", "backends.triton.backward", "backends.triton.finalize",
      "backends.triton.launch", "backends.triton.group", "backends.triton", "backends.triton.builds"],
@@ -19,7 +19,8 @@ ROWS = [
     ["instances", "grouping", "packing", "sites", "layers", "wrapped", "proxies", "allocation", "matching", "checkpoint"],
     ["distributed", "freezing", "structure", "heads", "beside", "bases", "leftovers", "reach", "state", "trials", "planning",
      "peft_fields", "peft_names", "peft_tasks", "peft_format", "peft_layers", "patching", "merging"],
-    ["history", "plotting", "scoring", "synflow", "alpha_test", "search", "shortcut_effect", "save_and_load"],
+    ["history", "plotting", "scoring", "synflow", "alpha_test", "search", "shortcut_effect", "saved_files",
+     "save_and_load"],
     ["callback"],
     ["cli.options", "cli.data", "cli.plot", "cli.run_folder", "cli.demo", "cli.train", "cli.search", "cli.info", "cli.export",
      "cli.bench", "cli.compile", "cli", "", "__main__"],

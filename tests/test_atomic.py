@@ -19,7 +19,7 @@ import torch
 from helpers_search import make_net, same_bits, snapshot
 
 import heterolora_kernels as hlk
-from heterolora_kernels import files
+from heterolora_kernels import files, folders
 
 KILLS = {"exchange": 50, "two_renames": 20}
 
@@ -28,15 +28,15 @@ KILLS = {"exchange": 50, "two_renames": 20}
 def way(request, monkeypatch):
     """How the system puts a folder in the place of another."""
     if request.param == "two_renames":
-        monkeypatch.setattr(files, "_exchange", lambda first, second: False)
+        monkeypatch.setattr(folders, "exchange", lambda first, second: False)
     return request.param
 
 
 def contents(folder) -> dict:
     """Everything below a folder: bytes of files, targets of links, None for folders."""
     found = {}
-    for place, folders, names in os.walk(folder):
-        for name in (*folders, *names):
+    for place, below, names in os.walk(folder):
+        for name in (*below, *names):
             path = os.path.join(place, name)
             key = os.path.relpath(path, folder)
             if os.path.islink(path):
@@ -54,7 +54,7 @@ def dead_pid() -> int:
 
 
 def write(directory, **texts) -> None:
-    with files.replaced_folder(directory) as folder:
+    with folders.replaced_folder(directory) as folder:
         for name, text in texts.items():
             (folder / name).write_text(text)
 
@@ -101,7 +101,7 @@ def test_files_of_others_are_copied_where_links_fail(folder_of_others, monkeypat
 
 def test_stale_files_are_left_behind(folder_of_others, way):
     before = contents(folder_of_others)
-    with files.replaced_folder(folder_of_others, stale=lambda name: name == "shared") as folder:
+    with folders.replaced_folder(folder_of_others, stale=lambda old: {"shared"}) as folder:
         (folder / "ours").write_text("new")
     before.pop("shared")
     assert contents(folder_of_others) == {**before, "ours": b"new"}
@@ -115,7 +115,7 @@ def test_a_link_to_a_folder_is_followed(tmp_path, way):
 
 
 def test_everything_is_on_the_disk_before_it_takes_its_place(folder_of_others, way, monkeypatch):
-    events, fsync, put = [], os.fsync, files._trade
+    events, fsync, put = [], os.fsync, folders._trade
 
     def record(handle):
         events.append(os.readlink(f"/proc/self/fd/{handle}"))
@@ -126,8 +126,8 @@ def test_everything_is_on_the_disk_before_it_takes_its_place(folder_of_others, w
         put(folder, target, aside)
 
     monkeypatch.setattr(os, "fsync", record)
-    monkeypatch.setattr(files, "_trade", trade)
-    with files.replaced_folder(folder_of_others) as folder:
+    monkeypatch.setattr(folders, "_trade", trade)
+    with folders.replaced_folder(folder_of_others) as folder:
         (folder / "ours").write_text("new")
         place = str(folder)
     before, after = events[:events.index("trade")], events[events.index("trade") + 1:]
@@ -138,7 +138,7 @@ def test_everything_is_on_the_disk_before_it_takes_its_place(folder_of_others, w
 # ---- failures ----
 
 STEPS = {"mkdir": (os, "mkdir"), "chmod": (os, "chmod"), "link": (os, "link"), "copytree": (shutil, "copytree"),
-         "fsync": (os, "fsync"), "rename": (os, "rename"), "exchange": (files, "_exchange"),
+         "fsync": (os, "fsync"), "rename": (os, "rename"), "exchange": (folders, "exchange"),
          "save_file": (safetensors.torch, "save_file")}
 ERRORS = {"disk_full": OSError(errno.ENOSPC, "no space left on device"), "interrupt": KeyboardInterrupt()}
 
@@ -175,7 +175,7 @@ def test_a_failure_at_any_step_leaves_the_old_folder(folder_of_others, tmp_path,
         with monkeypatch.context() as patched:
             fault = Fault(patched, at, error, done)
             try:
-                with files.replaced_folder(target) as folder:
+                with folders.replaced_folder(target) as folder:
                     files.write_tensors(folder / "weights", {"a": torch.ones(3)})
                     files.write_json(folder / "ours", {"new": 1})
             except type(error):
@@ -236,7 +236,7 @@ def test_a_folder_that_was_set_aside_is_found_and_comes_back(folder_of_others, w
     # The kill came before this one took its place.
     half = folder_of_others.with_name(f".run.saving-{dead_pid()}-00ff")
     half.mkdir()
-    assert files.find_folder(folder_of_others) == aside
+    assert folders.find_folder(folder_of_others) == aside
     write(folder_of_others, ours="new")
     assert contents(folder_of_others) == {**before, "ours": b"new"} and os.listdir(folder_of_others.parent) == ["run"]
 
@@ -267,7 +267,7 @@ def test_a_folder_survives_kills_at_any_moment(tmp_path, way):
         now = snapshot(target)
         assert any(same_bits(now, each) for each in saved)
         seen.add(same_bits(now, saved[0]))
-        assert (files.find_folder(directory) / "trainer_state.json").read_text() == "{}"
+        assert (folders.find_folder(directory) / "trainer_state.json").read_text() == "{}"
     # It would see nothing if every kill came between two saves.
     assert seen == {True, False} and interrupted > KILLS[way] // 4
     hlk.save_adapter(models[0], directory)
@@ -279,26 +279,15 @@ def test_a_folder_survives_kills_at_any_moment(tmp_path, way):
 
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("text")
-    for call in (lambda: write(tmp_path / "file", ours="new"), lambda: files.find_folder(tmp_path / "file")):
+    for call in (lambda: write(tmp_path / "file", ours="new"), lambda: folders.find_folder(tmp_path / "file")):
         with pytest.raises(ValueError, match="directory must be a folder.*is a file"):
             call()
     assert contents(tmp_path) == {"file": b"text"}
 
 
-def test_folders_that_cannot_be_exchanged_are_refused(tmp_path, monkeypatch):
-    (tmp_path / "run" / "below").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "run" / "below")
-    with pytest.raises(ValueError, match="working directory"):
-        write(tmp_path / "run", ours="new")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os.path, "ismount", lambda path: True)
-    with pytest.raises(ValueError, match="mount point"):
-        write(tmp_path / "run", ours="new")
-
-
 def test_a_folder_that_is_missing_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere/run"):
-        files.find_folder(tmp_path / "nowhere" / "run")
+        folders.find_folder(tmp_path / "nowhere" / "run")
 
 
 # ---- values as JSON ----

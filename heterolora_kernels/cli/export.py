@@ -13,7 +13,8 @@ from pathlib import Path
 
 from heterolora_kernels.cli import data
 from heterolora_kernels.files import field_of, read_json
-from heterolora_kernels.save_and_load import NATIVE_NAME, load_adapter, load_search_state, save_adapter
+from heterolora_kernels.save_and_load import load_adapter, load_search_state, save_adapter
+from heterolora_kernels.saved_files import NATIVE_NAME
 from heterolora_kernels.search import RankSearch
 
 

@@ -33,7 +33,8 @@ from heterolora_kernels.history import published_frequency, published_history, w
 from heterolora_kernels.patching import count_parameters
 from heterolora_kernels.peft_format import class_names
 from heterolora_kernels.plotting import rank_map
-from heterolora_kernels.save_and_load import NATIVE_NAME, save_adapter
+from heterolora_kernels.save_and_load import save_adapter
+from heterolora_kernels.saved_files import NATIVE_NAME
 from heterolora_kernels.search import RankSearch
 from heterolora_kernels.state import state_of
 
