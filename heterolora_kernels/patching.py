@@ -202,7 +202,7 @@ class _Patcher:
         heads = self.state.heads.parameters(self.model)
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             if name.rpartition(".")[2] not in ADAPTER_NAMES:
-                parameter.requires_grad_(id(parameter) in heads and parameter.is_floating_point())
+                parameter.requires_grad = id(parameter) in heads and parameter.is_floating_point()
 
 
 #: How the paths of a module are run, by what it computes; of any other they join the output, as of a norm.
@@ -360,7 +360,7 @@ def remove_heterolora(model: nn.Module) -> nn.Module:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for name, flag in state.requires_grad.items():
             if name in parameters:
-                parameters[name].requires_grad_(flag)
+                parameters[name].requires_grad = flag
         for name in state.overrides:
             model.__dict__.pop(name, None)
         del model.__dict__[STATE_NAME]

@@ -95,5 +95,5 @@ def structure_of(model: nn.Module) -> Undo:
             for name in set(table) - names:
                 del table[name]
         for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+            parameter.requires_grad = flag
     return undo

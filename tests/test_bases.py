@@ -626,6 +626,15 @@ def test_lazy_modules_are_left_or_passed_over_by_the_plan():
         assert list(find_targets(model, hlk.HeteroLoraConfig(r=2), Heads(model, ()))) == ["0"]
 
 
+def test_a_model_with_lazy_modules_is_patched_around_them():
+    model = nn.Sequential(nn.Linear(IN, IN), nn.LazyLinear(OUT))
+    with pytest.warns(UserWarning, match="LazyLinear that has not seen an input"):
+        hlk.apply_heterolora(model, hlk.HeteroLoraConfig(r=2, search="off"))
+    assert model(torch.randn(2, IN)).shape == (2, OUT)
+    hlk.remove_heterolora(model)
+    assert type(model[0]) is nn.Linear
+
+
 def test_trial_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         assert judge(FalconLinear(IN, OUT)).way == PLAIN
