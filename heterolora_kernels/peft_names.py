@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable
 
 from torch import nn
 
@@ -48,3 +48,26 @@ def _renamings(model: nn.Module) -> list:
     except (ImportError, AttributeError, TypeError):
         # Another release keeps its list elsewhere; names that it has moved are then refused by name.
         return []
+
+
+#: Last parts of names that PEFT takes for experts which transformers 5 has stacked, by the kind of model.
+#: Source: ``_MOE_TARGET_MODULE_MAPPING`` of ``peft.utils.transformers_weight_conversion``, PEFT 0.21.
+_OF_EXPERTS = {"mixtral": ("gate", "w1", "w2", "w3"), "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj")}
+
+
+def check_not_of_experts(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse to export paths that PEFT would take for experts: it renames targets by their last part, whatever they are.
+
+    Raises:
+        ValueError: names one.
+    """
+    conversions = sys.modules.get("transformers.conversion_mapping")
+    kind = getattr(conversions, "_MODEL_TO_CONVERSION_PATTERN", {}).get(getattr(getattr(model, "config", None), "model_type",
+                                                                                None))
+    taken = [name for name in names if name.rpartition(".")[2] in _OF_EXPERTS.get(kind, ())]
+    if taken:
+        raise ValueError(f"format 'peft' cannot hold {taken[0]!r} ({len(taken)} in all): in a {model.config.model_type!r} "
+                         f"model PEFT "
+                         f"takes every target called {taken[0].rpartition('.')[2]!r} for the stacked experts; leave such "
+                         f"modules out "
+                         "(exclude_modules), or use format='native' or 'merged'")

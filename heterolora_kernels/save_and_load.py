@@ -27,6 +27,7 @@ from heterolora_kernels.layers import PatchedQuantised, Path
 from heterolora_kernels.merging import check_mergeable, merged_weight
 from heterolora_kernels.patching import apply_heterolora
 from heterolora_kernels.peft_format import PeftAdapter, heads_to_save, open_paths, own_tensors
+from heterolora_kernels.peft_names import check_not_of_experts
 from heterolora_kernels.saved_files import NATIVE_NAME, replaced_by
 from heterolora_kernels.search import RankSearch
 from heterolora_kernels.shortcut_effect import effect_of_shortcuts
@@ -201,6 +202,7 @@ def _sample(weight: Tensor) -> dict:
 
 def _peft(model: nn.Module, state: HeteroLoraState, *, drop_heads: bool, **_) -> Writer:
     paths = open_paths(state.paths.values())
+    check_not_of_experts(model, [path.name for path in paths])
     heads = [] if drop_heads else heads_to_save(model, state, paths)
     return _peft_writer(peft_format.describe(model, paths, state.config.lora_dropout, heads),
                         peft_format.peft_tensors(model, paths, heads))

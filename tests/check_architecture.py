@@ -328,7 +328,8 @@ def _check(record: dict, make: Callable[[], nn.Module], batch: dict[str, Tensor]
     hlk.remove_heterolora(model)
     fresh = make()
     fresh.load_state_dict(model.state_dict())
-    # By name: a parametrization makes a class for every instance.
+    _outputs(fresh, batch)
+    # By name: a parametrization makes a class for every instance. After a forward, in which some exchange modules.
     if [type(m).__name__ for m in model.modules()] != [type(m).__name__ for m in fresh.modules()] or any(
             hasattr(type(m), "_heterolora_key") for m in model.modules()):
         raise _Fault("classes are not those of before")

@@ -121,3 +121,23 @@ def test_a_forward_in_the_instance_is_not_asked(tmp_path):
     model.forward = lambda **batch: type(model).forward(model, **batch)
     hlk.save_adapter(model, tmp_path, "peft")
     assert written(tmp_path)["task_type"] == "CAUSAL_LM"
+
+
+def test_names_that_peft_takes_for_experts_are_refused(tmp_path):
+    conversions = pytest.importorskip("transformers.conversion_mapping", reason="this release stacks no experts")
+    if "deepseek_v3" not in getattr(conversions, "_MODEL_TO_CONVERSION_PATTERN", {}):
+        pytest.skip("this release has no such list")
+    config = transformers.DeepseekV3Config(**_TEXT, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2,
+                                           n_group=1,
+                                           topk_group=1, first_k_dense_replace=1, q_lora_rank=8, kv_lora_rank=8,
+                                           qk_nope_head_dim=8,
+                                           qk_rope_head_dim=8, v_head_dim=8, num_key_value_heads=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = hlk.apply_heterolora(transformers.DeepseekV3ForCausalLM(config), hlk.HeteroLoraConfig(search="off"))
+        with pytest.raises(ValueError, match="cannot hold 'model.layers.0.mlp.gate_proj'.*takes every target called 'gate_proj'"):
+            hlk.save_adapter(model, tmp_path / "adapter", "peft")
+        assert not (tmp_path / "adapter").exists()
+        model = hlk.apply_heterolora(transformers.DeepseekV3ForCausalLM(config), hlk.HeteroLoraConfig(
+            search="off", exclude_modules=["gate_proj", "up_proj", "down_proj"]))
+        hlk.save_adapter(model, tmp_path / "adapter", "peft")
