@@ -37,6 +37,8 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
+#: What PEFT refuses in ``modules_to_save``.
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 #: Heads that PEFT saves and expects with these tasks, named or not.
 _TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
@@ -397,7 +399,24 @@ def heads_to_save(model: nn.Module, state: HeteroLoraState, paths: Sequence[Path
         raise ValueError(f"format 'peft' cannot hold {impossible[0]!r}, which is tied to the head {ends[impossible[0]]!r} and "
                          f"has an "
                          "adapter; use format='native'")
-    return list(dict.fromkeys((*state.heads.entries, *tied, *beside, *expected)))
+    return list(dict.fromkeys((*_uncontained(model, state.heads.entries), *tied, *beside, *expected)))
+
+
+def _uncontained(model: nn.Module, entries: Iterable[str]) -> list[str]:
+    """The entries, with what lies in a list in its place: PEFT wraps modules that are called, which lists are not."""
+    found = []
+    for entry in entries:
+        selected = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if name and name.endswith(entry)]
+        if not any(isinstance(module, _CONTAINERS) for _, module in selected):
+            found.append(entry)
+            continue
+        while selected:
+            name, module = selected.pop(0)
+            if isinstance(module, _CONTAINERS):
+                selected += [(f"{name}.{child}", each) for child, each in module.named_children()]
+            elif any(True for _ in module.parameters()):
+                found.append(name)
+    return found
 
 
 def _task_heads(model: nn.Module) -> list[str]:

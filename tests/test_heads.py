@@ -226,3 +226,28 @@ def test_ends_that_differ_are_refused(through, tmp_path):
                                          "parameter.*tie_word_embeddings=False"):
         calls[through]()
     assert torch.is_tensor(outputs(hlk.load_adapter(llama(tied=False), tmp_path)))
+
+
+class Listed(nn.Module):
+    """Two heads in a list."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.classifier = nn.Linear(6, 6), nn.ModuleList([nn.Linear(6, 3), nn.ModuleList([nn.Linear(6, 2)]), nn.Tanh()])
+
+    def forward(self, x):
+        x = torch.tanh(self.body(x))
+        return torch.cat([self.classifier[0](x), self.classifier[1][0](x)], dim=-1)
+
+
+def test_heads_in_lists_are_saved_one_by_one(tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = hlk.apply_heterolora(Listed(), config_of())
+    assert trained_names(model) == {f"classifier.{name}.{leaf}" for name in ("0", "1.0") for leaf in ("weight", "bias")}
+    with torch.no_grad():
+        model.classifier[1][0].weight.add_(1.0)
+    hlk.save_adapter(model, tmp_path, "peft")
+    x = torch.randn(4, 6)
+    loaded = peft.PeftModel.from_pretrained(Listed(), str(tmp_path)).eval()
+    torch.testing.assert_close(loaded(x), model(x), rtol=1e-5, atol=1e-5)
