@@ -38,7 +38,8 @@ def _is_int(value) -> bool:
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    # Of an int that no float can hold nothing can be computed.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and (isinstance(value, float) or abs(value) < 2**1000)
 
 
 def check_budget(budget: float | int) -> None:
@@ -71,7 +72,7 @@ class Site:
 def _check_regex(name: str, pattern: str) -> None:
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError, MemoryError) as error:
         raise ValueError(f"{name}: {pattern!r} is no regular expression: {error}") from error
 
 

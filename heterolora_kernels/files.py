@@ -16,8 +16,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from heterolora_kernels._env import available_memory
 from heterolora_kernels.disk import beside, sync
 
+#: Bytes of a JSON file: the record of a model of many thousand paths has a hundredth of it.
+_MOST_JSON = 1 << 30
 #: Marks what JSON has no form for.
 _KIND = "__kind__"
 
@@ -46,7 +49,7 @@ def read_json(path: Path) -> dict:
         FileNotFoundError, ValueError: name the file.
     """
     try:
-        content = json.loads(_read(path))
+        content = json.loads(_read(path, _MOST_JSON))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no valid JSON (was it cut off?): {error}") from error
     if not isinstance(content, dict):
@@ -152,8 +155,16 @@ def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
         raise ValueError(f"{path} is no valid safetensors file (was it cut off?): {error}") from error
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, most: int | None = None) -> bytes:
+    """A regular file's content. most: bytes; by default what memory there is."""
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            raise ValueError(f"{path} must be a file, and is a pipe or a device")
+        limit = most or available_memory(torch.device("cpu"))
+        if limit is not None and status.st_size > limit:
+            raise ValueError(f"{path} has {status.st_size:,} bytes, and may have {limit:,}"
+                             f"{'' if most else ', the memory that is available'}")
         return path.read_bytes()
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} is missing") from error

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import regex
 
 from heterolora_kernels.config import HeteroLoraConfig
+
+#: Seconds that one pattern may take on one name; some take longer than anybody lives.
+_PATIENCE = 1.0
+
+
+def _bounded(match: Callable, pattern: str, name: str):
+    """What ``match`` of the library regex finds, which tells as :mod:`re` does but can be stopped.
+
+    Raises:
+        ValueError: names a pattern that takes too long, or that is none.
+    """
+    try:
+        return match(pattern, name, timeout=_PATIENCE)
+    except TimeoutError as error:
+        raise ValueError(f"the regular expression {pattern!r} takes too long on {name!r}: it backtracks; write it in another way"
+                         ) from error
+    except regex.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
 
 
 def matches(name: str, patterns: str | Sequence[str]) -> bool:
     """Tell whether a regular expression matches a whole name, or one of several names is the name or a dotted end of it."""
     if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
+        return _bounded(regex.fullmatch, patterns, name) is not None
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
 
@@ -36,10 +55,10 @@ def _layers(config: HeteroLoraConfig) -> Sequence[int]:
 def _layer_of(name: str, patterns: str | Sequence[str] | None) -> int | None:
     """The number of the layer: the first number behind one of the patterns, or behind any name."""
     if not patterns:
-        match = re.match(r".*?\.[^.]*\.(?P<index>\d+)\.", name)
+        match = regex.match(r".*?\.[^.]*\.(?P<index>\d+)\.", name)
     else:
         patterns = (patterns,) if isinstance(patterns, str) else patterns
-        found = (re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", name) for pattern in patterns)
+        found = (_bounded(regex.match, rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", name) for pattern in patterns)
         match = next((each for each in found if each), None)
     return None if match is None else int(match["index"])
 
@@ -48,7 +67,7 @@ def is_excluded(name: str, config: HeteroLoraConfig) -> bool:
     """Tell whether ``exclude_modules`` matches, or a name of ``modules_to_save`` is a part of the name."""
     if len(config.exclude_modules) and matches(name, config.exclude_modules):
         return True
-    return any(re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in config.modules_to_save or ())
+    return any(_bounded(regex.match, rf"(^|.*\.){entry}($|\..*)", name) for entry in config.modules_to_save or ())
 
 
 def pattern_value(name: str, pattern: Mapping[str, float], default):
@@ -57,7 +76,7 @@ def pattern_value(name: str, pattern: Mapping[str, float], default):
     Source: PEFT's ``get_pattern_key``.
     """
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", name):
+        if _bounded(regex.match, rf"(.*\.)?({key})$", name):
             return value
     return pattern.get(name, default)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -270,16 +271,7 @@ def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
     if adapter is not None:
         adapter = adapter.named_as(model)
         config = adapter.adopted_by(model, config)
-    forget()
-    heads = find_heads(model, config)
-    targets = find_targets(model, config, heads) if len(config.target_modules) > 0 else {}
-    lora = plan_lora(targets, config)
-    layers = plan_layers(model, config) if config.shortcuts else []
-    if config.shortcuts:
-        check_shortcut_layers(model, config, layers)
-    shortcuts = plan_shortcuts(layers, config)
-    if not lora and not shortcuts:
-        raise ValueError("rank_pattern sets every adapted module to rank 0: nothing is left to train")
+    heads, lora, layers, shortcuts = _plan(model, config)
     modules = dict(model.named_modules())
     for name in {plan.name for plan in lora} | {base for _, _, base in shortcuts}:
         check_swappable(name, modules[name], may_be_wrapped=judge(modules[name]).way == WRAPPED)
@@ -311,6 +303,29 @@ def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
         if adapter is not None:
             adapter.copy_into(model, state.paths)
         return model
+
+
+def _plan(model: nn.Module, config: HeteroLoraConfig):
+    """Heads, LoRA paths, layers and shortcuts of a config; the model is not changed."""
+    forget()
+    heads = find_heads(model, config)
+    targets = find_targets(model, config, heads) if len(config.target_modules) > 0 else {}
+    lora = plan_lora(targets, config)
+    layers = plan_layers(model, config) if config.shortcuts else []
+    if config.shortcuts:
+        check_shortcut_layers(model, config, layers)
+    shortcuts = plan_shortcuts(layers, config)
+    if not lora and not shortcuts:
+        raise ValueError("rank_pattern sets every adapted module to rank 0: nothing is left to train")
+    return heads, lora, layers, shortcuts
+
+
+def plan_paths(model: nn.Module, config: HeteroLoraConfig) -> dict[str, PlannedPath]:
+    """The paths that :func:`apply_heterolora` would make of a config, by name. Raises as it does; nothing is warned of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, lora, _, shortcuts = _plan(model, config)
+    return {plan.name: plan for plan in (*lora, *(plan for _, plan, _ in shortcuts))}
 
 
 def _ledger_rows(state: HeteroLoraState) -> dict[str, int]:

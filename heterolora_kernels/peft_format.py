@@ -27,6 +27,7 @@ from heterolora_kernels.files import field_of, read_json, read_tensors
 from heterolora_kernels.folders import settled
 from heterolora_kernels.heads import Heads
 from heterolora_kernels.layers import Path
+from heterolora_kernels.matching import pattern_value
 from heterolora_kernels.peft_fields import check_fields, is_of_experts, meaning_of
 from heterolora_kernels.peft_names import renamer
 from heterolora_kernels.peft_tasks import task_type
@@ -292,21 +293,17 @@ def _check_size(where: str, value: object, is_rank: bool) -> None:
         raise ValueError(f"{where} must be {'an int >= 1' if is_rank else 'a finite number > 0'}, got {value!r}")
 
 
-def _value_of(name: str, pattern: Mapping[str, float] | None, default: float) -> float:
-    """PEFT's rule: the first key that matches the end of the name as a regular expression, else a key that is the name."""
-    pattern = pattern or {}
-    return pattern.get(next((key for key in pattern if re.match(rf"(.*\.)?({key})$", name)), name), default)
-
-
 def _module(name: str, pair: Mapping[str, Tensor], config: Mapping, weights: FilePath) -> PeftModule:
     for leaf in ("lora_A", "lora_B"):
         if leaf not in pair:
             raise ValueError(f"{weights}: tensor '{name}.{leaf}' is missing")
-        if pair[leaf].dim() != 2 or not pair[leaf].is_floating_point():
+        if pair[leaf].dim() != 2 or not pair[leaf].is_floating_point() or pair[leaf].dtype.itemsize < 2:
             raise ValueError(f"{weights}: tensor '{name}.{leaf}' must be a floating matrix, got {pair[leaf].dtype} of shape "
                              f"{list(pair[leaf].shape)}; only linears can be adapted")
-    r = _value_of(name, config.get("rank_pattern"), config["r"])
-    alpha = _value_of(name, config.get("alpha_pattern"), config["lora_alpha"])
+        if not bool(torch.isfinite(pair[leaf]).all()):
+            raise ValueError(f"{weights}: tensor '{name}.{leaf}' holds numbers that are not finite")
+    r = pattern_value(name, config.get("rank_pattern") or {}, config["r"])
+    alpha = pattern_value(name, config.get("alpha_pattern") or {}, config["lora_alpha"])
     if is_of_experts((pair["lora_A"].shape, pair["lora_B"].shape), r):
         raise ValueError(f"{weights}: {name!r} has lora_A {list(pair['lora_A'].shape)} and lora_B {list(pair['lora_B'].shape)}, "
                          f"{pair['lora_A'].shape[0] // r} times the rank {r} of fields 'r' and 'rank_pattern': factors of "
@@ -406,7 +403,8 @@ def _uncontained(model: nn.Module, entries: Iterable[str]) -> list[str]:
     """The entries, with what lies in a list in its place: PEFT wraps modules that are called, which lists are not."""
     found = []
     for entry in entries:
-        selected = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if name and name.endswith(entry)]
+        selected = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if name
+                    and name.endswith(entry)]
         if not any(isinstance(module, _CONTAINERS) for _, module in selected):
             found.append(entry)
             continue

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import re
 import sys
 from collections.abc import Callable, Container, Iterable
@@ -53,6 +55,32 @@ def _renamings(model: nn.Module) -> list:
 #: Last parts of names that PEFT takes for experts which transformers 5 has stacked, by the kind of model.
 #: Source: ``_MOE_TARGET_MODULE_MAPPING`` of ``peft.utils.transformers_weight_conversion``, PEFT 0.21.
 _OF_EXPERTS = {"mixtral": ("gate", "w1", "w2", "w3"), "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj")}
+
+
+def check_names_stay(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse to export paths whose names PEFT would change when it loads them: it applies the renamings of every part to the
+    whole.
+
+    Raises:
+        ValueError: names one, and what it becomes.
+    """
+    renamings = []
+    for entry in _renamings(model):
+        unscoped = copy.copy(entry)
+        with contextlib.suppress(AttributeError):
+            unscoped.scope_prefix = None
+        renamings.append(unscoped)
+    for name in names:
+        key = mapped = f"base_model.model.{name}.lora_A.weight"
+        for renaming in renamings:
+            mapped = renaming.rename_source_key(mapped)[0]
+        # PEFT takes back what only leaves a prefix away.
+        if mapped != key and not key.endswith(mapped):
+            raise ValueError(f"format 'peft' cannot hold {name!r}: PEFT takes it for a name of an older "
+                             f"{model.config.model_type!r} model "
+                             f"and looks for {mapped.removeprefix('base_model.model.').removesuffix('.lora_A.weight')!r}, "
+                             f"which this "
+                             "model does not have; use format='native' or 'merged'")
 
 
 def check_not_of_experts(model: nn.Module, names: Iterable[str]) -> None:

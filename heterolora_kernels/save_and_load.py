@@ -13,30 +13,27 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 
 import torch
 from torch import Tensor, nn
 
-from heterolora_kernels import beside, distributed, files, folders, peft_format
+from heterolora_kernels import beside, distributed, files, fingerprint, folders, peft_format
 from heterolora_kernels._version import __version__
 from heterolora_kernels.config import HeteroLoraConfig
-from heterolora_kernels.files import field_of
-from heterolora_kernels.layers import PatchedQuantised, Path
+from heterolora_kernels.fingerprint import base_weights, sample
+from heterolora_kernels.layers import Path
 from heterolora_kernels.merging import check_mergeable, merged_weight
-from heterolora_kernels.patching import apply_heterolora
+from heterolora_kernels.native_format import FORMAT, VERSION, Saved, read_native, read_record, search_of
+from heterolora_kernels.patching import apply_heterolora, plan_paths
 from heterolora_kernels.peft_format import PeftAdapter, heads_to_save, open_paths, own_tensors
-from heterolora_kernels.peft_names import check_not_of_experts
+from heterolora_kernels.peft_names import check_names_stay, check_not_of_experts
+from heterolora_kernels.planning import PlannedPath
 from heterolora_kernels.saved_files import NATIVE_NAME, replaced_by
 from heterolora_kernels.search import RankSearch
 from heterolora_kernels.shortcut_effect import effect_of_shortcuts
 from heterolora_kernels.state import ADAPTER_NAMES, HeteroLoraState, is_patched, state_of, unwrap
 from heterolora_kernels.undo import structure_of, undone_on_failure, values_of
-
-_FORMAT, _VERSION = "heterolora", 1
-#: Values of each base weight that are kept, evenly strided, to notice another base.
-_SAMPLES = 8
 
 #: Writes the files of one save into a folder.
 Writer = Callable[[FilePath], None]
@@ -134,12 +131,12 @@ def _native(model: nn.Module, state: HeteroLoraState, *, search: RankSearch | No
                for path in state.paths.values() for leaf in ADAPTER_NAMES}
     others = {name: distributed.full(value) for name, value in state.beside.tensors(model, state.is_own).items()}
     content = {
-        "format": _FORMAT, "format_version": _VERSION, "package_version": __version__,
+        "format": FORMAT, "format_version": VERSION, "package_version": __version__,
         "config": {**state.config.to_dict(), "init_from": None, "modules_to_save": _entries(state)},
         "base": {"class": type(model).__name__, "name_or_path": peft_format.name_of(model),
                  "labels": peft_format.class_names(model),
                  "pad_token_id": getattr(getattr(model, "config", None), "pad_token_id", None),
-                 "weights": {name: _sample(weight) for name, weight in _base_weights(model, state).items()}},
+                 "weights": {name: sample(weight) for name, weight in base_weights(model, state).items()}},
         "paths": {name: {"kind": path.kind, **_properties(path), "rank": sum(path.active_rows()),
                          "active": "".join("01"[on] for on in path.active_rows())} for name, path in state.paths.items()},
         "heads": _described(heads), "others": _described(others), "tied": state.heads.other_ends(model),
@@ -185,24 +182,10 @@ def _name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _base_weights(model: nn.Module, state: HeteroLoraState) -> dict[str, Tensor]:
-    """The frozen weights of the patched modules; quantised ones hold other numbers than the base that they were made from."""
-    patched = {id(module) for module in state.linears}
-    trained = {*state.heads.parameters(model), *map(id, state.beside.parameters(model, state.is_own).values())}
-    return {name: module.weight for name, module in model.named_modules()
-            if id(module) in patched and isinstance(getattr(module, "weight", None), Tensor) and not module.weight.is_meta
-            and not isinstance(module, PatchedQuantised) and id(module.weight) not in trained}
-
-
-def _sample(weight: Tensor) -> dict:
-    flat = distributed.full(weight).reshape(-1)
-    values = flat[::max(1, flat.numel() // _SAMPLES)][:_SAMPLES].to("cpu", torch.float64)
-    return {"dtype": _name_of(weight.dtype), "values": files.encode(values.tolist())}
-
-
 def _peft(model: nn.Module, state: HeteroLoraState, *, drop_heads: bool, **_) -> Writer:
     paths = open_paths(state.paths.values())
     check_not_of_experts(model, [path.name for path in paths])
+    check_names_stay(model, [path.name for path in paths])
     heads = [] if drop_heads else heads_to_save(model, state, paths)
     return _peft_writer(peft_format.describe(model, paths, state.config.lora_dropout, heads),
                         peft_format.peft_tensors(model, paths, heads))
@@ -249,22 +232,6 @@ def _merged(model: nn.Module, state: HeteroLoraState, **_) -> Writer:
 _FORMATS: dict[str, Callable[..., Writer]] = {"native": _native, "peft": _peft, "vllm": _vllm, "merged": _merged}
 
 
-@dataclass
-class _Saved:
-    """What a folder holds, in the native format's terms; config, base and search of a native one only."""
-
-    file: FilePath
-    paths: dict[str, dict]
-    tensors: dict[str, Tensor]
-    heads: set[str]
-    config: HeteroLoraConfig | None = None
-    base: dict[str, tuple[torch.dtype, Tensor]] | None = None
-    search: dict | None = None
-    #: ``{name: shape}`` of what was trained beside adapters and heads; ``{name: name of a head's tensor}`` of other ends.
-    others: dict[str, list] = field(default_factory=dict)
-    tied: dict[str, str] | None = None
-
-
 def load_adapter(model: nn.Module, directory: str | os.PathLike, *, search: RankSearch | None = None,
                  check_base: bool = True) -> nn.Module:
     """Load what :func:`save_adapter` wrote, or a LoRA adapter of PEFT.
@@ -306,6 +273,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, search: Rank
         return model
     with undone_on_failure(structure_of(model)):
         try:
+            # Sizes are compared before any memory is taken for them.
+            _check_planned(plan_paths(model, saved.config), saved)
             apply_heterolora(model, saved.config)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{saved.file}: field 'config' does not fit the model: {error}") from error
@@ -317,17 +286,17 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, search: Rank
             return model
 
 
-def _read(directory: str | os.PathLike, model: nn.Module | None) -> _Saved | PeftAdapter:
+def _read(directory: str | os.PathLike, model: nn.Module | None) -> Saved | PeftAdapter:
     """What a folder holds; a PEFT adapter in the native format's terms where there is a patched ``model``."""
-    def read(folder: FilePath) -> _Saved | PeftAdapter:
+    def read(folder: FilePath) -> Saved | PeftAdapter:
         if (folder / NATIVE_NAME).exists():
-            return _read_native(folder)
+            return read_native(folder)
         if not (folder / peft_format.CONFIG_NAME).exists():
             raise FileNotFoundError(f"directory: {folder} has neither {NATIVE_NAME} nor {peft_format.CONFIG_NAME}")
         return peft_format.read_peft_files(folder)
 
     found = folders.settled(directory, read)
-    return found if model is None or isinstance(found, _Saved) else _from_peft(found, unwrap(model))
+    return found if model is None or isinstance(found, Saved) else _from_peft(found, unwrap(model))
 
 
 def load_search_state(directory: str | os.PathLike) -> dict:
@@ -343,13 +312,13 @@ def load_search_state(directory: str | os.PathLike) -> dict:
         FileNotFoundError, ValueError: name the file and the field.
     """
     file = folders.find_folder(directory) / NATIVE_NAME
-    state = _search_of(_read_record(file), file)
+    state = search_of(read_record(file), file)
     if state is None:
         raise ValueError(f"{file}: field 'search' is null: the adapter was saved without a search")
     return state
 
 
-def _from_peft(adapter: PeftAdapter, model: nn.Module) -> _Saved:
+def _from_peft(adapter: PeftAdapter, model: nn.Module) -> Saved:
     adapter = adapter.named_as(model)
     adapter.check_others(model)
     adapter.check_ties(model)
@@ -359,81 +328,10 @@ def _from_peft(adapter: PeftAdapter, model: nn.Module) -> _Saved:
                        "out_features": module.lora_B.shape[0]}
         rows = torch.ones(module.r, dtype=torch.bool, device="cpu")
         tensors.update(zip((f"{name}.{leaf}" for leaf in ADAPTER_NAMES), (module.lora_A, module.lora_B, rows)))
-    return _Saved(adapter.weights, paths, tensors, set(adapter.heads))
+    return Saved(adapter.weights, paths, tensors, set(adapter.heads))
 
 
-def _read_record(file: FilePath) -> dict:
-    record = files.read_json(file)
-    for name, expected in (("format", _FORMAT), ("format_version", _VERSION)):
-        if field_of(record, name, type(expected), file) != expected:
-            raise ValueError(f"{file}: field {name!r} must be {expected!r}, got {record[name]!r}")
-    return record
-
-
-def _search_of(record: dict, file: FilePath) -> dict | None:
-    return files.decode(field_of(record, "search", (dict, type(None)), file), f"{file}: field 'search'")
-
-
-def _read_native(folder: FilePath) -> _Saved:
-    file = folder / NATIVE_NAME
-    record = _read_record(file)
-    values = {**field_of(record, "config", dict, file), "init_from": None}
-    try:
-        config = HeteroLoraConfig.from_dict(values)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}: field 'config': {error}") from error
-    paths = {name: _read_path(entry, f"{file}: path {name!r}") for name, entry in field_of(record, "paths", dict, file).items()}
-    # Files of earlier versions have no "others" and no "tied".
-    heads, others = ({name: field_of(entry, "shape", list, f"{file}: {kind} {name!r}") for name, entry in field_of(
-        {kind: {}, **record}, kind, dict, file).items()} for kind in ("heads", "others"))
-    tied = field_of({"tied": None, **record}, "tied", (dict, type(None)), file)
-    base = field_of(field_of(record, "base", dict, file), "weights", dict, f"{file}: field 'base'")
-    base = {name: _read_sample(entry, f"{file}: base weight {name!r}") for name, entry in base.items()}
-    search = _search_of(record, file)
-    where, weights = f"{file}: field 'weights'", field_of(record, "weights", dict, file)
-    name = field_of(weights, "file", str, where)
-    if name != os.path.basename(name) or name in ("", ".", ".."):
-        raise ValueError(f"{where}: 'file' must be the name of a file in the same folder, got {name!r}")
-    tensors = files.read_tensors(folder / name, field_of(weights, "sha256", str, where))
-    _check_tensors(tensors, paths, {**heads, **others}, file, folder / name)
-    return _Saved(file, paths, tensors, set(heads), config, base, search, others, tied)
-
-
-def _read_path(entry: object, where: str) -> dict:
-    kinds = {"site": (str, type(None)), "r": int, "scaling": (int, float), "in_features": int, "out_features": int, "active": str}
-    path = {name: field_of(entry, name, kind, where) for name, kind in kinds.items()}
-    if len(path["active"]) != path["r"] or set(path["active"]) - {"0", "1"}:
-        raise ValueError(f"{where}: field 'active' must be {path['r']} characters 0 or 1, got {path['active']!r}")
-    return path
-
-
-def _read_sample(entry: object, where: str) -> tuple[torch.dtype, Tensor]:
-    dtype = getattr(torch, field_of(entry, "dtype", str, where), None)
-    values = files.decode(field_of(entry, "values", list, where), f"{where}: field 'values'")
-    if not isinstance(dtype, torch.dtype) or not all(isinstance(value, float) for value in values):
-        raise ValueError(f"{where}: fields 'dtype' and 'values' must be a torch dtype and floats")
-    return dtype, torch.tensor(values, dtype=torch.float64, device="cpu")
-
-
-def _check_tensors(tensors: Mapping[str, Tensor], paths: Mapping[str, dict], heads: Mapping[str, list], file: FilePath,
-                   weights: FilePath) -> None:
-    """Hold the tensors to be those that the JSON speaks of."""
-    expected = dict(heads)
-    for name, path in paths.items():
-        shapes = ([path["r"], path["in_features"]], [path["out_features"], path["r"]], [path["r"]])
-        expected.update(zip((f"{name}.{leaf}" for leaf in ADAPTER_NAMES), shapes))
-    odd = sorted(expected.keys() ^ tensors.keys())
-    if odd:
-        raise ValueError(f"{weights}: {len(odd)} tensors are missing or not in {file.name}: {odd[0]!r}")
-    for name, shape in expected.items():
-        if list(tensors[name].shape) != shape:
-            raise ValueError(f"{weights}: tensor {name!r} has shape {list(tensors[name].shape)}, and {file.name} says {shape}")
-    for name, path in paths.items():
-        if tensors[f"{name}.lora_mask"].tolist() != [character == "1" for character in path["active"]]:
-            raise ValueError(f"{weights}: tensor '{name}.lora_mask' is not what field 'active' of {file.name} says")
-
-
-def _misfits(state: HeteroLoraState, saved: _Saved, own: Mapping[str, Tensor]) -> list[str]:
+def _misfits(state: HeteroLoraState, saved: Saved, own: Mapping[str, Tensor]) -> list[str]:
     """How the model's paths and heads differ from the saved ones, one line each."""
     found = [f"path {name!r} is {'only in the model' if name in state.paths else 'not in the model'}"
              for name in sorted(state.paths.keys() ^ saved.paths.keys())]
@@ -450,22 +348,18 @@ def _misfits(state: HeteroLoraState, saved: _Saved, own: Mapping[str, Tensor]) -
         for name in sorted(own.keys() & saved.heads) if own[name].shape != saved.tensors[name].shape]
 
 
-def _check_base(model: nn.Module, state: HeteroLoraState, saved: _Saved) -> None:
-    weights = _base_weights(model, state)
-    # In one order on every process: a sharded weight is gathered.
-    for name in (name for name in weights if name in saved.base and f"{name}.weight" not in saved.others):
-        (dtype, values), weight = saved.base[name], weights[name]
-        _, found = _read_sample(_sample(weight), name)
-        kinds = () if weight.dtype == dtype else (torch.finfo(weight.dtype), torch.finfo(dtype))
-        # The same number in another dtype is at most one rounding away, of a normal number or of the smallest ones.
-        rtol = max((kind.eps for kind in kinds), default=0.0)
-        atol = max((kind.tiny * kind.eps for kind in kinds), default=0.0)
-        if found.shape != values.shape or not torch.allclose(found, values, rtol=rtol, atol=atol, equal_nan=True):
-            raise ValueError(f"{saved.file}: the adapter was trained on another base: the weight of {name!r} has other values "
-                             "in this model (check_base=False loads it all the same)")
+def _check_planned(planned: Mapping[str, PlannedPath], saved: Saved) -> None:
+    """Hold the paths that a config means to be those that the file has tensors of."""
+    points = [f"path {name!r} is {'only in the model' if name in planned else 'not in the model'}"
+              for name in sorted(planned.keys() ^ saved.paths.keys())]
+    points += [f"{key} of path {name!r} is {getattr(planned[name], key)} in the model and {saved.paths[name][key]} in the file"
+               for name in sorted(planned.keys() & saved.paths.keys()) for key in ("r", "in_features", "out_features")
+               if getattr(planned[name], key) != saved.paths[name][key]]
+    if points:
+        raise ValueError(f"it differs in {len(points)} points: {'; '.join(points[:3])}{'; ...' if len(points) > 3 else ''}")
 
 
-def _check_ties(model: nn.Module, state: HeteroLoraState, saved: _Saved) -> None:
+def _check_ties(model: nn.Module, state: HeteroLoraState, saved: Saved) -> None:
     """Hold the heads to be tied to the modules that they were tied to, which the file does not hold a second time."""
     ties = state.heads.other_ends(model)
     if saved.tied is None or ties == saved.tied:
@@ -477,7 +371,7 @@ def _check_ties(model: nn.Module, state: HeteroLoraState, saved: _Saved) -> None
                      "(tie_word_embeddings)")
 
 
-def _load(model: nn.Module, saved: _Saved, search: RankSearch | None, check_base: bool) -> None:
+def _load(model: nn.Module, saved: Saved, search: RankSearch | None, check_base: bool) -> None:
     """Check everything, then write into a patched model; as before if anything fails."""
     state, model = state_of(model), unwrap(model)
     state.reshard()
@@ -489,7 +383,7 @@ def _load(model: nn.Module, saved: _Saved, search: RankSearch | None, check_base
     others = beside.check_fits(saved.others, model, state.is_own, saved.file)
     _check_ties(model, state, saved)
     if check_base and saved.base is not None:
-        _check_base(model, state, saved)
+        fingerprint.check_base(model, state, saved.base, saved.others, saved.file)
     left = sorted(state.beside.tensors(model, state.is_own).keys() - saved.others.keys())
     if left and saved.config is not None:
         warnings.warn(f"{saved.file} does not hold what this model trained beside its adapters ({left[0]}, {len(left)} in "
@@ -513,7 +407,7 @@ def _load(model: nn.Module, saved: _Saved, search: RankSearch | None, check_base
         state.beside.trained |= saved.others.keys() & parameters
 
 
-def _resume(search: RankSearch, saved: _Saved) -> None:
+def _resume(search: RankSearch, saved: Saved) -> None:
     try:
         search.load_state_dict(saved.search)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:

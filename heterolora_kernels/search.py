@@ -29,6 +29,7 @@ from heterolora_kernels.scoring import (
     probe_loader,
     probe_rows,
 )
+from heterolora_kernels.search_state import check_search_state
 from heterolora_kernels.state import state_of, unwrap
 from heterolora_kernels.undo import Undo, undone_on_failure
 
@@ -272,16 +273,13 @@ class RankSearch:
         Raises:
             ValueError: the state belongs to other paths or to another version.
         """
-        if state.get("version") != 2:
-            raise ValueError(f"state: version must be 2, got {state.get('version')!r}")
-        keys = self.state_dict().keys()
-        if missing := keys - state.keys() - {"unreached"}:  # of an earlier version
-            raise ValueError(f"state is incomplete: {sorted(missing)} are missing")
+        check_search_state(state)
         if state["ranks"] != self.config.ranks:
             raise ValueError(f"state is that of a search with ranks={state['ranks']!r}, and this one has {self.config.ranks!r}")
         if set(state["masks"]) != set(self.paths):
             odd = sorted(set(state["masks"]) ^ set(self.paths))
             raise ValueError(f"state belongs to a model with other paths: {odd[0]!r} and {len(odd) - 1} others differ")
+        check_search_state(state, sizes={name: path.r for name, path in self._state.paths.items()})
         with undone_on_failure(self.undo_point()):
             self._load(state)
 

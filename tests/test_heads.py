@@ -234,7 +234,8 @@ class Listed(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.body, self.classifier = nn.Linear(6, 6), nn.ModuleList([nn.Linear(6, 3), nn.ModuleList([nn.Linear(6, 2)]), nn.Tanh()])
+        self.body, self.classifier = nn.Linear(6, 6), nn.ModuleList([nn.Linear(6, 3), nn.ModuleList([nn.Linear(6, 2)]),
+                                                                     nn.Tanh()])
 
     def forward(self, x):
         x = torch.tanh(self.body(x))

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import heterolora_kernels as hlk
-from heterolora_kernels import files, save_and_load
+from heterolora_kernels import files, fingerprint
 from heterolora_kernels.state import state_of
 
 # ---- what does not fit ----
@@ -264,7 +264,7 @@ def test_tensors_that_the_json_does_not_speak_of_are_named(change, match, folder
 @pytest.mark.parametrize("at", [1, 8, 11, 14])
 def test_a_failure_while_writing_leaves_the_model_as_it_was(patched, error, at, folder, monkeypatch):
     model, calls, copy_ = small() if patched else plain(), [], torch.Tensor.copy_
-    real = save_and_load._check_base
+    real = fingerprint.check_base
 
     def fail(self, *args, **kwargs):
         calls.append(1)
@@ -277,7 +277,7 @@ def test_a_failure_while_writing_leaves_the_model_as_it_was(patched, error, at, 
         monkeypatch.setattr(torch.Tensor, "copy_", fail)
         real(*args)
 
-    monkeypatch.setattr(save_and_load, "_check_base", check)
+    monkeypatch.setattr(fingerprint, "check_base", check)
     linears = state_of(model).linears if patched else []
     gates = [module._heterolora.derived.gate.clone() for module in linears]
     assert_untouched(model, lambda: hlk.load_adapter(model, folder), "in the middle", error)
