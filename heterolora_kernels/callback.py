@@ -25,7 +25,7 @@ from heterolora_kernels.patching import count_parameters
 from heterolora_kernels.save_and_load import write_native
 from heterolora_kernels.scoring import LossFunction, Metric, default_loss, inputs_of, loss_in
 from heterolora_kernels.search import RankSearch
-from heterolora_kernels.state import ADAPTER_NAMES, HeteroLoraState, state_of, unwrap
+from heterolora_kernels.state import ADAPTER_NAMES, HeteroLoraState, inside_wrappers, is_patched, state_of, unwrap
 
 #: What the Trainer looks for in a checkpoint.
 _WEIGHTS_NAME = "model.safetensors"
@@ -118,7 +118,7 @@ class HeteroLoraCallback(TrainerCallback, ExportableState):
         else:
             self.search.start()
         if self.search._measures.loss_fn is default_loss and self.search.runs_losses and not args.torch_compile:
-            self._first_forward = _refuse_other_losses(unwrap(model))
+            self._first_forward = _refuse_other_losses(inside_wrappers(model))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if self.at_last_step or state.global_step < state.max_steps:
@@ -165,7 +165,9 @@ class HeteroLoraCallback(TrainerCallback, ExportableState):
                 linear._heterolora.dropout_p = 0.0
         side = _TrainerSide(patched, self)
         overrides: dict[str, object] = {_SIDE: side}
-        if self.adapter_only and hasattr(type(patched), "save_pretrained") and not args.fsdp and not args.deepspeed:
+        # A checkpoint of a model of which a part is patched holds all of it.
+        if self.adapter_only and is_patched(model) and hasattr(type(patched),
+                                                               "save_pretrained") and not args.fsdp and not args.deepspeed:
             overrides.update(save_pretrained=side.save_pretrained, load_state_dict=side.load_state_dict)
         patched.__dict__.update(overrides)
         state.overrides.extend(name for name in overrides if name not in state.overrides)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import product
 
 import torch
@@ -110,6 +111,27 @@ def _check_state(optimizer: Optimizer, path: Path) -> None:
                     f"active path {path.name!r} cannot be frozen; use an elementwise optimizer, or ranks='binary'")
 
 
+#: Packages whose optimizers leave a parameter without a gradient alone.
+_KNOWN = ("torch.", "transformers.", "bitsandbytes.", "torchao.", "apex.", "deepspeed.", "peft.", "accelerate.",
+          "torch_optimizer.")
+
+
+def _leaves_alone(optimizer: Optimizer) -> bool:
+    """Whether an optimizer is of a known package: another may average weights, swap or project them, with or without
+    gradients."""
+    return type(optimizer).__module__.startswith(_KNOWN)
+
+
+@dataclass
+class _Kept:
+    """What is put back after a step."""
+
+    #: (parameter, dimension of its rows, local indices of the inactive ones, {id of tensor: (tensor, their values)})
+    rows: list[tuple[Tensor, int, Tensor, dict[int, tuple[Tensor, Tensor]]]] = field(default_factory=list)
+    #: (local part of a parameter of a path that is off, its values)
+    whole: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+
 class StepHooks:
     """The hooks of one patched model.
 
@@ -124,8 +146,9 @@ class StepHooks:
         self.driven = False
         self._handles: list = []
         weakref.finalize(self, _orphans.extend, self._handles).atexit = False
-        # (parameter, dimension of its rows, local indices of the inactive ones, {id of tensor: (tensor, their values)})
-        self._saved: list[tuple[Tensor, int, Tensor, dict[int, tuple[Tensor, Tensor]]]] = []
+        #: What each running step puts back, by optimizer: one may step another inside.
+        self._saved: dict[int, _Kept] = {}
+        self._taken: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         #: ``{parameter: rows}`` whose optimizer state starts anew at the next step.
         self._resets: dict[str, list[bool]] = {}
         self.steps = 0
@@ -143,7 +166,8 @@ class StepHooks:
         def before(optimizer, args, kwargs):
             state, own = state_ref(), hooks()
             if state is not None and own is not None:
-                own._before(state, optimizer, args, kwargs)
+                return own._before(state, optimizer, args, kwargs)
+            return None
 
         def after(optimizer, args, kwargs):
             state, own = state_ref(), hooks()
@@ -199,48 +223,82 @@ class StepHooks:
             if whole and isinstance(state.get("step"), Tensor):
                 state["step"].zero_()
 
-    def _before(self, state, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    def _before(self, state, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Freeze before the step; where it gets a closure, which makes the gradients inside, as soon as that has run."""
         paths = _paths_of(optimizer, state)
         if not paths:
-            return
+            return None
         state.check_structure()
+        if state.config.search != "off" and get_allocator(state.config.ranks).per_rank:
+            check_elementwise(optimizer, f"ranks={state.config.ranks!r}")
+        closure = _closure_of(args, kwargs)
+        if closure is None:
+            self._freeze(state, optimizer, paths)
+            return None
+        self._saved.pop(id(optimizer), None)
+        calls = 0
+
+        def check_calls() -> None:
+            closed = [path for path in paths if not all(path.active_rows())]
+            if closed:
+                raise RuntimeError(
+                    f"{type(optimizer).__name__}.step calls its closure more than once and moves parameters in between, "
+                    f"inactive ones too; {len(closed)} paths are inactive ({closed[0].name}, ...). Use another optimizer, or "
+                    "search='off'")
+
+        if any(cls.__name__ == "LBFGS" for cls in type(optimizer).__mro__):
+            check_calls()
+
+        def closure_then_freeze(*given, **named):
+            nonlocal calls
+            calls += 1
+            if calls > 1:
+                check_calls()
+            result = closure(*given, **named)
+            if calls == 1:
+                self._freeze(state, optimizer, paths)
+            return result
+
+        swapped = tuple(closure_then_freeze if each is closure else each for each in args)
+        return swapped, {name: closure_then_freeze if each is closure else each for name, each in kwargs.items()}
+
+    def _freeze(self, state, optimizer: Optimizer, paths: Sequence[Path]) -> None:
         rows = {path.name: path.active_rows() for path in paths}
         closed = [path for path in paths if not all(rows[path.name])]
-        if closed and _closure_of(args, kwargs) is not None:
-            raise RuntimeError(
-                f"{type(optimizer).__name__}.step was given a closure, which makes gradients after inactive paths were "
-                f"frozen; {len(closed)} paths are inactive ({closed[0].name}, ...). Use an optimizer without closure, or "
-                "search='off'")
         ranks_rows = state.config.search != "off" and get_allocator(state.config.ranks).per_rank
-        if ranks_rows:
-            check_elementwise(optimizer, f"ranks={state.config.ranks!r}")
         state.notice(optimizer, paths)
         for observer in list(self.observers):
             observer.before_step(optimizer)
         if self._resets:
             self._reset(optimizer, paths)
-        self._saved.clear()
+        kept = self._saved[id(optimizer)] = _Kept()
         for path in closed:
             if any(rows[path.name]):
                 if ranks_rows:
                     _check_state(optimizer, path)
-                self._save_rows(optimizer, path)
-            else:
-                path.lora_A.grad = None
-                path.lora_B.grad = None
+                self._save_rows(optimizer, path, kept.rows)
+                continue
+            if not _leaves_alone(optimizer):
+                kept.whole += [(_local(parameter), _local(parameter).clone()) for parameter in (path.lora_A, path.lora_B)]
+            path.lora_A.grad = None
+            path.lora_B.grad = None
 
     @torch.no_grad()
-    def _save_rows(self, optimizer: Optimizer, path: Path) -> None:
+    def _save_rows(self, optimizer: Optimizer, path: Path, kept: list) -> None:
         """Copy the inactive rows of lora_A and the inactive columns of lora_B, and those of their state."""
         closed = [not on for on in path.active_rows()]
         for parameter, dim in ((path.lora_A, 0), (path.lora_B, 1)):
             index = _local_index(parameter, dim, closed)
             values = {id(tensor): (tensor, _local(tensor).index_select(dim, index)) for tensor in _rows_of(optimizer, parameter)}
-            self._saved.append((parameter, dim, index, values))
+            kept.append((parameter, dim, index, values))
 
     @torch.no_grad()
     def _restore_rows(self, optimizer: Optimizer) -> None:
-        for parameter, dim, index, values in self._saved:
+        kept = self._saved.pop(id(optimizer), None) or _Kept()
+        for parameter, values in kept.whole:
+            if not torch.equal(parameter, values):
+                parameter.copy_(values)
+        for parameter, dim, index, values in kept.rows:
             _local(parameter).index_copy_(dim, index, values[id(parameter)][1])
             for name, tensor in _elementwise_state(optimizer, parameter).items():
                 if id(tensor) in values:
@@ -248,15 +306,17 @@ class StepHooks:
                 else:
                     # State that this step made: rows that take no part in it are as before a first step.
                     _local(tensor).index_fill_(dim, index, _first_value(optimizer, name))
-        self._saved.clear()
 
     def _after(self, state, optimizer: Optimizer) -> None:
         if not _paths_of(optimizer, state):
             return
         self._restore_rows(optimizer)
-        self.steps += 1
-        if self.steps == _STEPS_BEFORE_WARNING:
-            self.warn_if_undriven(state.config.search)
+        # Optimizers of one loop, and those that step another inside, take a step each.
+        taken = self._taken[optimizer] = self._taken.get(optimizer, 0) + 1
+        if taken > self.steps:
+            self.steps = taken
+            if self.steps == _STEPS_BEFORE_WARNING:
+                self.warn_if_undriven(state.config.search)
 
     def warn_if_undriven(self, search: str) -> None:
         """Say that nobody drives the config's search, if steps were taken."""

@@ -10,7 +10,7 @@ from heterolora_kernels.bases import is_conv1d, is_quantised_linear
 from heterolora_kernels.layers import PatchedQuantised, Path
 from heterolora_kernels.patching import refuse_sharded, remove_heterolora
 from heterolora_kernels.reach import is_read_past
-from heterolora_kernels.state import STATE_NAME, state_of, unwrap
+from heterolora_kernels.state import STATE_NAME, state_of, whole
 from heterolora_kernels.undo import undone_on_failure
 
 
@@ -32,8 +32,8 @@ def merge_heterolora(model: nn.Module, drop_shortcuts: bool = False) -> nn.Modul
         ValueError: shortcuts are active, a base is quantised, a weight is shared with another module, or a merged weight would
             not be finite. The model is then as it was.
     """
-    refuse_sharded(unwrap(model), "merge_heterolora")
-    paths, inner = check_mergeable(model, drop_shortcuts), unwrap(model)
+    refuse_sharded(whole(model), "merge_heterolora")
+    paths, inner = check_mergeable(model, drop_shortcuts), whole(model)
     before = [_write_mark(path.holder.weight) for path in paths]
 
     @torch.no_grad()
@@ -65,7 +65,7 @@ def check_mergeable(model: nn.Module, drop_shortcuts: bool = False) -> list[Path
     Raises:
         ValueError: as there.
     """
-    model = unwrap(model)
+    model = whole(model)
     state = state_of(model)
     state.check_structure()
     active = [path.name for path in state.paths.values() if path.site is not None and any(path.active_rows())]

@@ -47,7 +47,7 @@ from heterolora_kernels.planning import (
     plan_shortcuts,
 )
 from heterolora_kernels.sites import SHORTCUTS, Carrier, LayerState, PatchedLayer, PatchedStack
-from heterolora_kernels.state import ADAPTER_NAMES, STATE_NAME, HeteroLoraState, is_patched, state_of, unwrap
+from heterolora_kernels.state import ADAPTER_NAMES, STATE_NAME, HeteroLoraState, is_patched, state_of, unwrap, whole
 from heterolora_kernels.structure import Structure
 from heterolora_kernels.trials import ANY_NAME, CONV1D, ITSELF, PLAIN, WRAPPED, forget, judge
 from heterolora_kernels.undo import structure_of, undone_on_failure
@@ -351,7 +351,7 @@ def remove_heterolora(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: it is not patched, or it is sharded.
     """
-    model = unwrap(model)
+    model = whole(model)
     state = state_of(model)
     refuse_sharded(model, "remove_heterolora")
     with undone_on_failure(state.renew_hooks), undone_on_failure(structure_of(model)):
@@ -439,7 +439,7 @@ def reference_model(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model is not patched, or its forward was replaced in the instance.
     """
-    model = unwrap(model)
+    model = whole(model)
     try:
         check_swappable("", model)
     except ValueError as error:

@@ -32,7 +32,7 @@ from heterolora_kernels.planning import PlannedPath
 from heterolora_kernels.saved_files import NATIVE_NAME, replaced_by
 from heterolora_kernels.search import RankSearch
 from heterolora_kernels.shortcut_effect import effect_of_shortcuts
-from heterolora_kernels.state import ADAPTER_NAMES, HeteroLoraState, is_patched, state_of, unwrap
+from heterolora_kernels.state import ADAPTER_NAMES, HeteroLoraState, is_patched, state_of, unwrap, whole
 from heterolora_kernels.undo import structure_of, undone_on_failure, values_of
 
 #: Writes the files of one save into a folder.
@@ -60,7 +60,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, format: str = "
     Raises:
         ValueError: names the argument, or the path or head that cannot be saved. Nothing is written then.
     """
-    state, model = state_of(model), unwrap(model)
+    model = whole(model)
+    state = state_of(model)
     state.check_structure()
     if format not in _FORMATS:
         raise ValueError(f"format must be one of {list(_FORMATS)}, got {format!r}")
@@ -114,7 +115,8 @@ def peft_config(model: nn.Module) -> dict:
     Raises:
         ValueError: no LoRA path is active.
     """
-    state, model = state_of(model), unwrap(model)
+    model = whole(model)
+    state = state_of(model)
     state.check_structure()
     paths = open_paths(state.paths.values())
     if not paths:

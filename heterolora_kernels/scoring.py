@@ -32,7 +32,7 @@ from torch.utils.data import (
 from heterolora_kernels import backends, distributed
 from heterolora_kernels.layers import Path
 from heterolora_kernels.ops.ledger import row_statistics
-from heterolora_kernels.state import HeteroLoraState, state_of, unwrap
+from heterolora_kernels.state import HeteroLoraState, inside_wrappers, state_of
 from heterolora_kernels.undo import put_back, undone_on_failure
 
 LossFunction = Callable[[nn.Module, object], Tensor]
@@ -361,7 +361,7 @@ def probe_rows(model: nn.Module, loader: Iterable, num_batches: int | None, loss
         RuntimeError: FSDP2 accumulates gradients without reducing them.
         FloatingPointError: a loss was not finite (on any process).
     """
-    inner, state = unwrap(model), state_of(model)
+    inner, state = inside_wrappers(model), state_of(model)
     paths = list(state.paths.values())
     device, ledger = state.device, state.switches.ledger
     is_sharded = distributed.wrapper_of(model) is not None

@@ -30,7 +30,7 @@ from heterolora_kernels.scoring import (
     probe_rows,
 )
 from heterolora_kernels.search_state import check_search_state
-from heterolora_kernels.state import state_of, unwrap
+from heterolora_kernels.state import inside_wrappers, state_of
 from heterolora_kernels.undo import Undo, undone_on_failure
 
 #: Batches of a probe: T of the published runs (arXiv 2406.14956).
@@ -452,7 +452,7 @@ class RankSearch:
                                                                          self.config.num_batches or PROBE_BATCHES)
             name = "dataloader" if batches is None else "batches"
             if proxy.own_pass:
-                request = ScoringPass(unwrap(self._model), self._state, loader, limit, measures, per_rank, name)
+                request = ScoringPass(inside_wrappers(self._model), self._state, loader, limit, measures, per_rank, name)
                 scores = proxy.formula(request)
                 made.update(statistics=None, batches=limit)
             else:

@@ -160,33 +160,61 @@ class HeteroLoraState:
         return masks
 
 
+def whole(model: nn.Module) -> nn.Module:
+    """The patched module inside DDP's and torch.compile's wrappers.
+
+    Raises:
+        ValueError: the model is not patched, or only a part of it is, which is named.
+    """
+    inner = inside_wrappers(model)
+    if STATE_NAME not in inner.__dict__:
+        raise ValueError(_why_unpatched(model))
+    return inner
+
+
 def unwrap(model: nn.Module) -> nn.Module:
-    """The patched module inside DDP's and torch.compile's wrappers."""
+    """The same, or the one part of the model that is patched: an encoder in a model of somebody's own.
+
+    Raises:
+        ValueError: nothing is patched, or several parts are.
+    """
+    inner = inside_wrappers(model)
+    if STATE_NAME in inner.__dict__:
+        return inner
+    parts = [module for module in inner.modules() if STATE_NAME in module.__dict__]
+    if len(parts) != 1 or peft_layers(inner):
+        raise ValueError(_why_unpatched(model))
+    return parts[0]
+
+
+def inside_wrappers(model: nn.Module) -> nn.Module:
+    """What DDP's and torch.compile's wrappers hold, down to a patched module where one is met."""
     while STATE_NAME not in model.__dict__:
         inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
         if not isinstance(inner, nn.Module):
-            raise ValueError(_why_unpatched(model))
+            break
         model = inner
     return model
 
 
 def _why_unpatched(model: nn.Module) -> str:
-    inside = next((name for name, module in model.named_modules() if STATE_NAME in module.__dict__), None)
-    if inside is None:
+    inside = [name for name, module in model.named_modules() if STATE_NAME in module.__dict__]
+    if not inside:
         return "model is not patched: call apply_heterolora(model, config) first"
     if peft_layers(model):
-        return f"model is PEFT's {type(model).__name__} around a patched model (at {inside!r}). {PEFT_REMEDY}"
-    return (f"model is not patched, but its part {inside!r} is: pass that part, model.get_submodule({inside!r}), or patch the "
+        return f"model is PEFT's {type(model).__name__} around a patched model (at {inside[0]!r}). {PEFT_REMEDY}"
+    if len(inside) > 1:
+        return (f"model is not patched, but its parts {inside} are: pass one of them, model.get_submodule({inside[0]!r}), or "
+                f"patch "
+                "the whole model")
+    return (f"model is not patched, but its part {inside[0]!r} is: pass that part, model.get_submodule({inside[0]!r}), or "
+            f"patch the "
             "whole model")
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether a model, wrapped or not, is patched."""
-    try:
-        unwrap(model)
-    except ValueError:
-        return False
-    return True
+    """Whether a model, wrapped or not, is patched as a whole."""
+    return STATE_NAME in inside_wrappers(model).__dict__
 
 
 def state_of(model: nn.Module) -> HeteroLoraState:

@@ -234,7 +234,7 @@ def make_closure(model, optimizer):
 
 @pytest.mark.parametrize("rank", [0, HALF], ids=["whole-path", "rows"])
 @pytest.mark.parametrize("as_keyword", [False, True], ids=["positional", "keyword"])
-def test_closure_with_an_inactive_path_raises_and_names_it(as_keyword, rank):
+def test_a_closure_that_is_called_again_raises_with_an_inactive_path(as_keyword, rank):
     model = make_net(search="off")
     optimizer = torch.optim.LBFGS(trainable(model), max_iter=2)
     hlk.RankSearch(model).apply({"layers.2": rank})
@@ -243,6 +243,123 @@ def test_closure_with_an_inactive_path_raises_and_names_it(as_keyword, rank):
     with pytest.raises(RuntimeError, match=r"LBFGS.*closure.*layers\.2"):
         optimizer.step(closure=closure) if as_keyword else optimizer.step(closure)
     assert bits_of(optimizer, *trainable(model)) == before
+
+
+class Again(torch.optim.SGD):
+    """Calls its closure twice, as nobody would guess."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        return super().step(closure)
+
+
+def test_any_optimizer_that_calls_again_is_stopped():
+    model = make_net(search="off")
+    optimizer = Again(trainable(model), lr=0.1)
+    hlk.RankSearch(model).apply({"layers.2": 0})
+    before = bits_of(optimizer, *pair(model, "layers.2"))
+    with pytest.raises(RuntimeError, match=r"Again.*closure more than once.*layers\.2"):
+        optimizer.step(make_closure(model, optimizer))
+    assert bits_of(optimizer, *pair(model, "layers.2")) == before
+
+
+@pytest.mark.parametrize("rank", [0, HALF], ids=["whole-path", "rows"])
+@pytest.mark.parametrize("as_keyword", [False, True], ids=["positional", "keyword"])
+@pytest.mark.parametrize("make", [lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1), lambda p: torch.optim.SGD(
+    p, lr=0.1, momentum=0.9)], ids=["adamw", "sgd"])
+def test_a_closure_that_is_called_once_trains_as_a_plain_step(make, as_keyword, rank):
+    results = []
+    for closed in (True, False):
+        model = make_net(interval=1, budget=0.5)
+        optimizer, search = make(trainable(model)), None
+        search = hlk.RankSearch(model)
+        search.start()
+        search.apply({"layers.2": rank})
+        off = bits_of(optimizer, *pair(model, "layers.2")) if rank == 0 else None
+        for _ in range(3):
+            closure = make_closure(model, optimizer)
+            if not closed:
+                closure()
+            optimizer.step(**({"closure": closure} if as_keyword else {})) if as_keyword and closed else optimizer.step(
+                *((closure,) if closed else ()))
+        assert off is None or bits_of(optimizer, *pair(model, "layers.2")) == off
+        results.append(bits_of(optimizer, *trainable(model)))
+    assert results[0] == results[1]
+
+
+class Averaging(torch.optim.Optimizer):
+    """Slow weights every other step (Lookahead): moves what has no gradient."""
+
+    def __init__(self, inner):
+        self.inner, self.taken = inner, 0
+        super().__init__([p for group in inner.param_groups for p in group["params"]], {})
+        self.slow = {p: p.detach().clone() for group in self.param_groups for p in group["params"]}
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.inner.step()
+        self.taken += 1
+        if self.taken % 2 == 0:
+            for parameter, slow in self.slow.items():
+                parameter.copy_(slow.lerp_(parameter, 0.5))
+
+
+@pytest.mark.parametrize("rank", [0, HALF], ids=["whole-path", "rows"])
+def test_rank_0_stays_behind_an_optimizer_that_averages(rank):
+    model = make_net(interval=2, budget=0.5)
+    optimizer = Averaging(torch.optim.AdamW(trainable(model), lr=0.05))
+    search = hlk.RankSearch(model)
+    search.start()
+    for index in range(6):
+        search.apply({"layers.2": rank if index >= 2 else HALF})
+        before = [p.detach().clone() for p in pair(model, "layers.2")]
+        model(**net_batch(index)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if index >= 2:
+            on = model.layers[2].lora_mask
+            assert torch.equal(model.layers[2].lora_A[~on], before[0][~on]) and torch.equal(model.layers[2].lora_B[:, ~on],
+                                                                                           before[1][:, ~on])
+    assert hlk.state.state_of(model).step_hooks.steps == 6
+
+
+def test_two_optimizers_make_one_step_of_the_ledger():
+    counted = []
+    for split in (False, True):
+        model = make_net(interval=4, budget=0.5, warmup=0, num_batches=3)
+        kinds = [[p for n, p in model.named_parameters() if n.endswith(leaf)] for leaf in ("lora_A", "lora_B")]
+        optimizers = [torch.optim.AdamW(kind, lr=0.01) for kind in kinds] if split else [
+            torch.optim.AdamW([{"params": kind} for kind in kinds], lr=0.01)]
+        search = hlk.RankSearch(model)
+        search.start()
+        for index in range(8):
+            model(**net_batch(index)).loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            search.step()
+        counted.append([(entry["batches"], entry["ranks"], entry["scores"]) for entry in search.history])
+        assert hlk.state.state_of(model).step_hooks.steps == 8
+    assert counted[0] == counted[1] and counted[0][-1][0] == 3
+
+
+def test_an_averaged_copy_keeps_its_ranks():
+    model = make_net(search="off")
+    search, optimizer = hlk.RankSearch(model), torch.optim.SGD(trainable(model), lr=0.1)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    search.apply({"layers.2": 0})
+    before = [p.detach().clone() for p in pair(model, "layers.2")]
+    for index in range(3):
+        model(**net_batch(index)).loss.backward()
+        optimizer.step()
+        averaged.update_parameters(model)
+    assert all(torch.equal(a, b) for a, b in zip(pair(averaged.module, "layers.2"), before))
+    assert not bool(averaged.module.layers[2].lora_mask.any())
+    expected = averaged.module(**net_batch(0)).loss
+    with torch.no_grad():
+        averaged.module.layers[2].lora_B.add_(1.0)
+    assert torch.equal(averaged.module(**net_batch(0)).loss, expected)
 
 
 def test_closure_with_everything_on_trains():

@@ -143,12 +143,66 @@ def test_nothing_holds_a_model_that_is_dropped():
 # ---- a part of a model ----
 
 
-def test_the_patched_part_is_named():
+def test_the_patched_part_is_named(tmp_path):
     model = make_model("llama")
     patch(model.model, shortcuts=())
-    with pytest.raises(ValueError, match="its part 'model' is: pass that part"):
+    calls = (lambda: hlk.save_adapter(model, tmp_path / "a"), lambda: hlk.merge_heterolora(model),
+             lambda: hlk.remove_heterolora(model),
+             lambda: hlk.reference_model(model))
+    for call in calls:
+        with pytest.raises(ValueError, match="its part 'model' is: pass that part"):
+            call()
+    hlk.save_adapter(model.model, tmp_path / "a")
+    twin = make_model("llama")
+    hlk.load_adapter(twin.model, tmp_path / "a")
+    assert torch.equal(twin(**make_inputs()).logits, model(**make_inputs()).logits)
+    hlk.remove_heterolora(model.model)
+
+
+def test_several_patched_parts_are_named():
+    model = nn.ModuleDict({"first": make_model("llama"), "second": make_model("bert")})
+    patch(model["first"], shortcuts=())
+    patch(model["second"], shortcuts=())
+    with pytest.raises(ValueError, match=r"its parts \['first', 'second'\] are: pass one of them"):
         hlk.RankSearch(model)
-    hlk.RankSearch(model.model)
+
+
+class Dual(nn.Module):
+    """Two encoders, of which one is trained; no PreTrainedModel."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.document = make_model("bert").bert, make_model("bert").bert
+        self.document.requires_grad_(False)
+
+    def forward(self, input_ids, other_ids):
+        scores = self.query(input_ids).last_hidden_state[:, 0] @ self.document(other_ids).last_hidden_state[:, 0].t()
+        return {"loss": nn.functional.cross_entropy(scores, torch.arange(len(scores))), "scores": scores}
+
+
+@pytest.mark.parametrize("score", ["in_step", "probe"])
+@pytest.mark.parametrize("part", [True, False], ids=["part", "whole"])
+def test_a_part_under_the_trainer_resumes_as_the_unbroken_run(part, score, tmp_path):
+    from heterolora_kernels.callback import HeteroLoraCallback
+
+    ids = torch.randint(3, 61, (32, 6), generator=torch.Generator().manual_seed(0))
+    data = [{"input_ids": one, "other_ids": other} for one, other in zip(ids, ids.flip(0))]
+
+    def run(resume=None):
+        model = Dual()
+        hlk.apply_heterolora(model.query if part else model, hlk.HeteroLoraConfig(r=2, budget=0.5, interval=2, warmup=1,
+                                                                                  score=score))
+        args = transformers.TrainingArguments(
+            str(tmp_path), max_steps=6, per_device_train_batch_size=8, learning_rate=1e-2, use_cpu=True, report_to="none",
+            disable_tqdm=True, save_steps=3, remove_unused_columns=False)
+        callback = HeteroLoraCallback()
+        transformers.Trainer(model, args, train_dataset=data, callbacks=[callback]).train(resume_from_checkpoint=resume)
+        return [p.detach() for p in model.parameters()], callback.search.history
+
+    first, history = run()
+    second, resumed = run(str(tmp_path / "checkpoint-3"))
+    assert all(map(torch.equal, first, second)) and len(history) >= 3
+    assert [entry["ranks"] for entry in history] == [entry["ranks"] for entry in resumed]
 
 
 # ---- adapters of PEFT beside ours ----

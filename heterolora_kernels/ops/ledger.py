@@ -66,11 +66,13 @@ class Collector:
 
     ``raw`` holds what backward passes left and nothing has judged yet; ``committed`` what belongs to a step that was
     taken, unscaled. A reader that never commits (``collect_statistics``) reads ``raw``. ``is_open``: whether more will come.
+    ``is_fresh``: whether a backward ran since the last commit; several optimizers step once after each.
     """
 
     def __init__(self, ledger: Ledger):
         self._ledger = ledger
         self.is_open = True
+        self.is_fresh = False
         self.raw = ledger.new_rows()
         self.committed = ledger.new_rows()
         self._steps = self.raw.new_zeros(())
@@ -99,6 +101,10 @@ class Collector:
         Decided on the device: no step of training waits for it.
         """
         self._ledger.flush()
+        if not self.is_fresh:
+            # Another optimizer of the same step.
+            return
+        self.is_fresh = False
         finite = torch.isfinite(self.raw).all()
         factors = self.raw.new_tensor([float(loss_scale) ** -COLUMN_DEGREES[name] for name in COLUMNS])
         self.committed += torch.where(finite, self.raw * factors, 0.0)
@@ -108,6 +114,7 @@ class Collector:
     def discard(self) -> None:
         """Forget what has not been committed: the step it belongs to was not taken."""
         self._ledger.flush()
+        self.is_fresh = False
         self.raw.zero_()
 
     def zero_(self) -> Collector:
@@ -140,10 +147,11 @@ class Ledger:
         self._pending: dict[torch.device, Tensor] = {}
         self._probes: list[tuple[weakref.ref, Tensor]] = []
         self._collectors: list[Collector] = []
+        self._flushed: list[int] = []
 
     def __getstate__(self) -> dict:
         # A copy of a model has no readers yet, and its probes are bound anew at its first forward.
-        return {**self.__dict__, "_pending": {}, "_probes": [], "_collectors": []}
+        return {**self.__dict__, "_pending": {}, "_probes": [], "_collectors": [], "_flushed": []}
 
     @property
     def collecting(self) -> bool:
@@ -168,15 +176,22 @@ class Ledger:
         self._probes = [(ref, rows) for ref, rows in self._probes if ref() is not None]
         self._probes.append((weakref.ref(probe), probe.grad))
 
-    def _reattach(self) -> None:
-        """Bring back probes whose ``.grad`` was replaced: ``backward(create_graph=True)`` sums out of place."""
+    def _reattach(self) -> bool:
+        """Bring back probes whose ``.grad`` was replaced: ``backward(create_graph=True)`` sums out of place.
+
+        Returns:
+            Whether one was.
+        """
+        found = False
         for ref, rows in self._probes:
             probe = ref()
             if probe is None or (probe.grad is not None and probe.grad.data_ptr() == rows.data_ptr()):
                 continue
             if probe.grad is not None:
                 rows.copy_(probe.grad.detach())
+                found = True
             probe.grad = rows
+        return found
 
     def rows_by_path(self, rows: Tensor) -> dict[str, Tensor]:
         """[R, columns] as ``{path: [r, columns]}``, views."""
@@ -189,13 +204,21 @@ class Ledger:
 
     def flush(self) -> None:
         """Hand what backward passes left to every reader, and zero the buffer."""
-        self._reattach()
+        replaced = self._reattach()
+        if replaced or self._versions() != self._flushed:
+            for collector in self._collectors:
+                collector.is_fresh = True
         for pending in self._pending.values():
             for collector in self._collectors:
                 if collector.raw.device != pending.device and len(self._pending) == 1:
                     collector.move(pending.device)
                 collector.raw += pending.to(collector.raw.device)
             pending.zero_()
+        self._flushed = self._versions()
+
+    def _versions(self) -> list[int]:
+        """Changes with every backward that summed into the buffer; a slice of it counts as the whole."""
+        return [pending._version for pending in self._pending.values()]
 
     def open(self) -> Collector:
         """Begin to collect; close with :meth:`close`."""
@@ -238,11 +261,12 @@ class Ledger:
         if self._collectors:
             self.flush()
         collectors = list(self._collectors)
+        fresh = [collector.is_fresh for collector in collectors]
         values = values_of(tensor for collector in collectors for tensor in collector.tensors)
 
         def undo() -> None:
             self._collectors = list(collectors)
-            for collector in collectors:
-                collector.is_open = True
+            for collector, was_fresh in zip(collectors, fresh):
+                collector.is_open, collector.is_fresh = True, was_fresh
             values()
         return undo
