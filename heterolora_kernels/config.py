@@ -72,7 +72,7 @@ class Site:
 def _check_regex(name: str, pattern: str) -> None:
     try:
         re.compile(pattern)
-    except (re.error, RecursionError, OverflowError, MemoryError) as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"{name}: {pattern!r} is no regular expression: {error}") from error
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from heterolora_kernels.ops.rng import draw_rng
+from heterolora_kernels.running import Running
 
 #: ``{layer class: groups of linears, relative to the layer}`` for the families of the site table.
 _QKV_GATE_UP = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
@@ -94,6 +95,19 @@ class Turn:
         return self.rng
 
 
+@dataclass(eq=False)
+class Between:
+    """What is between the calls of groups' members in one thread.
+
+    Attributes:
+        turns: of each group that is in the midst of one.
+        surroundings: of the layer's forward, while it runs.
+    """
+
+    turns: dict[LinearGroup, Turn] = field(default_factory=dict)
+    surroundings: tuple | None = None
+
+
 class LinearGroup:
     """The linears of one layer that read one x, and what is between the calls of the first and of the last.
 
@@ -114,11 +128,11 @@ class LinearGroup:
         self._is_wide = False
         self._plain: list[_Plain] = []
         self.derived = None
-        self._turn: Turn | None = None
-        self._surroundings: tuple | None = None
+        #: The layer's, whose groups share it.
+        self.layer: Running[Between] = Running(Between)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "derived": None, "_plain": [], "_turn": None, "_surroundings": None}
+        return {**self.__dict__, "derived": None, "_plain": []}
 
     def fuse(self, linears: Iterable[nn.Module], own_hooks: Iterable[int]) -> None:
         """Let the members run as one op.
@@ -129,27 +143,21 @@ class LinearGroup:
         self.linears, self._own_hooks = list(linears), list(own_hooks)
         self._is_wide = any(linear.out_features > linear.in_features for linear in self.linears)
 
-    def open(self) -> None:
-        """The layer's forward begins."""
-        self._turn, self._surroundings = None, _surroundings()
+    def running(self) -> Between | None:
+        """What is between the calls, where the layer's forward runs and a member that is called now is in no checkpoint of its
+        own."""
+        between = self.layer.now()
+        surroundings = between.surroundings
+        return between if surroundings is not None and surroundings == surroundings_now() else None
 
-    def clear(self) -> None:
-        """Let go of x, the key and the outputs."""
-        self._turn, self._surroundings = None, None
-
-    @property
-    def is_running(self) -> bool:
-        """Whether the layer's forward runs, and a member that is called now is not in a checkpoint of its own."""
-        return self._surroundings is not None and self._surroundings == _surroundings()
-
-    def enter(self, index: int, x: Tensor) -> Turn:
+    def enter(self, between: Between, index: int, x: Tensor) -> Turn:
         """The turn in which a member is called with x. A member that is called again begins a new one."""
-        turn = self._turn
+        turn = between.turns.get(self)
         if turn is None or index in turn.called:
-            turn = self._turn = Turn(x)
+            turn = between.turns[self] = Turn(x)
         turn.called.add(index)
         if len(turn.called) == len(self.members):
-            self._turn = None
+            between.turns.pop(self, None)
         return turn
 
     def may_run(self, turn: Turn, linear: nn.Module, x: Tensor) -> bool:
@@ -217,7 +225,7 @@ def _nothing() -> None:
     return None
 
 
-def _surroundings() -> tuple:
+def surroundings_now() -> tuple:
     """What a checkpoint changes for what runs in it: the grad mode, or the hooks of saved tensors."""
     if torch.compiler.is_compiling():
         return (torch.is_grad_enabled(),)

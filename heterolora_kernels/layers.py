@@ -233,11 +233,12 @@ class PathSet:
     def run_linear(self, module: nn.Module, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
         """``base(x)`` and all paths in one op, alone or with its group. weight: [N, K] as F.linear takes it."""
         dropout_p, group = self.dropout_p if module.training else 0.0, self.group
-        if group is None or not group.is_running:
+        between = None if group is None else group.running()
+        if between is None:
             rng = draw_rng(x.device) if dropout_p else None
             return self._run_alone(weight, bias, x, rng, dropout_p)
         index, collecting = group.members.index(self.paths[0].name), self.switches.ledger.collecting
-        turn = group.enter(index, x)
+        turn = group.enter(between, index, x)
         if turn.outs is not None:
             out = group.take(turn, index, x, collecting)
             if out is not None:
@@ -262,8 +263,9 @@ class PathSet:
         derived, group = self._current(base_out.device), self.group
         dropout_p, rng = self.dropout_p if module.training else 0.0, None
         turn = None
-        if group is not None and group.is_running:
-            turn = group.enter(group.members.index(self.paths[0].name), x)
+        between = None if group is None else group.running()
+        if between is not None:
+            turn = group.enter(between, group.members.index(self.paths[0].name), x)
         if dropout_p:
             rng = draw_rng(base_out.device) if turn is None else turn.key(x)
         path_source = derived.path_source

@@ -197,7 +197,7 @@ class _Patcher:
                 states[name] = LayerState(name, 0, None)
                 self.patch_layer(module, states[name])
             if groups:
-                states[name].groups = groups
+                states[name].hold(groups)
 
     def _freeze(self) -> None:
         heads = self.state.heads.parameters(self.model)

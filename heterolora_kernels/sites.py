@@ -9,11 +9,14 @@ checkpointing recomputes it. f of the layer before crosses the layer's boundary 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from heterolora_kernels.config import Site
+from heterolora_kernels.grouping import Between, LinearGroup, surroundings_now
+from heterolora_kernels.running import Running
 
 #: Marks, among a layer's positional arguments, that f of the layer before follows. A string: it crosses checkpointing,
 #: FSDP's and accelerate's argument handling as it is.
@@ -73,31 +76,40 @@ def _outside(layer: str) -> RuntimeError:
         "checkpointing is wrapped around the layer, use the model's gradient_checkpointing_enable()")
 
 
+@dataclass(eq=False)
+class _Carried:
+    """f on its way, in one thread."""
+
+    index: int | None = None
+    f: Tensor | None = None
+    depth: int = 0
+
+
 class Carrier:
     """f of the last layer, on its way to the next one of the same stack. Empty outside the stack's forward."""
 
     def __init__(self) -> None:
-        self._index: int | None = None
-        self._f: Tensor | None = None
-        self._depth = 0
-
-    def __getstate__(self) -> dict:
-        return {"_index": None, "_f": None, "_depth": 0}
+        self._running: Running[_Carried] = Running(_Carried)
 
     def enter(self) -> None:
         """The stack's forward begins."""
-        self._index, self._f = None, None
-        self._depth += 1
+        carried = self._running.begin()
+        carried.index, carried.f = None, None
+        carried.depth += 1
 
     def leave(self) -> None:
         """The stack's forward ends, in whatever way."""
-        self._index, self._f = None, None
-        self._depth -= 1
+        carried = self._running.now()
+        carried.index, carried.f = None, None
+        carried.depth -= 1
+        if not carried.depth:
+            self._running.end()
 
     def put(self, index: int, f: Tensor) -> None:
-        if not self._depth:
+        carried = self._running.now()
+        if not carried.depth:
             raise _outside(f"layer {index}")
-        self._index, self._f = index, f
+        carried.index, carried.f = index, f
 
     def take(self, index: int, path: str) -> Tensor | None:
         """f of layer ``index - 1``; None if that layer was skipped (layerdrop).
@@ -105,21 +117,32 @@ class Carrier:
         Raises:
             RuntimeError: outside the stack's forward, where the layer before is unknown.
         """
-        if not self._depth:
+        carried = self._running.now()
+        if not carried.depth:
             raise _outside(f"the layer of {path!r}")
-        f = self._f if self._index == index - 1 else None
-        self._index, self._f = None, None
+        f = carried.f if carried.index == index - 1 else None
+        carried.index, carried.f = None, None
         return f
 
 
+@dataclass(eq=False)
+class _Captured(Between):
+    """What one layer captured in one thread, and what is between the calls of its linears."""
+
+    running: bool = False
+    h: Tensor | None = None
+    f: Tensor | None = None
+    f_prev: Tensor | None = None
+
+
 class LayerState:
-    """What one layer captured in the running forward. Holds nothing after it.
+    """What one layer captured in the running forward. Holds nothing after it; every thread has its own.
 
     Attributes:
         name: the layer's name in the model.
         index: its position in the stack.
         imports_f, exports_f: whether f comes from the layer before and goes to the next one.
-        groups: the layer's groups of linears, opened and cleared with the rest.
+        groups: the layer's groups of linears.
     """
 
     def __init__(self, name: str, index: int, carrier: Carrier | None):
@@ -129,24 +152,20 @@ class LayerState:
         self.imports_f = False
         self.exports_f = False
         self.returns_tuple = False
-        self.running = False
-        self.groups: list = []
-        self.h: Tensor | None = None
-        self.f: Tensor | None = None
-        self.f_prev: Tensor | None = None
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "running": False, "h": None, "f": None, "f_prev": None}
+        self.groups: list[LinearGroup] = []
+        self._running: Running[_Captured] = Running(_Captured)
 
     def capture_h(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook: the module's input is h. Outside the layer's forward nobody would let go of it."""
-        if self.running:
-            self.h = _first_tensor(args, kwargs)
+        captured = self._running.now()
+        if captured.running:
+            captured.h = _first_tensor(args, kwargs)
 
     def capture_f(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook: the module's input is f."""
-        if self.running:
-            self.f = _first_tensor(args, kwargs)
+        captured = self._running.now()
+        if captured.running:
+            captured.f = _first_tensor(args, kwargs)
 
     def source(self, name: str, path: str) -> Tensor:
         """h, f or f_prev for ``path``; zeros for the f of a layer that was skipped.
@@ -154,25 +173,36 @@ class LayerState:
         Raises:
             RuntimeError: the source was not captured before the path's linear ran.
         """
-        value = getattr(self, name)
-        if value is None and name == "f_prev" and self.h is not None:
-            return torch.zeros_like(self.h)
+        captured = self._running.now()
+        value = getattr(captured, name)
+        if value is None and name == "f_prev" and captured.h is not None:
+            return torch.zeros_like(captured.h)
         if value is None:
             raise RuntimeError(f"path {path!r} needs {name} of layer {self.name!r}, which was not captured before its linear "
                                "ran: the layer's row in `sites` does not describe what its forward does")
         return value
 
-    def open(self) -> None:
-        """The layer's forward begins."""
-        self.running = True
-        for group in self.groups:
-            group.open()
+    def open(self, f_prev: Tensor | None) -> None:
+        """The layer's forward begins, with f of the layer before."""
+        captured = self._running.begin()
+        captured.running, captured.f_prev = True, f_prev
+        if self.groups:
+            captured.surroundings = surroundings_now()
 
     def clear(self) -> None:
-        self.running = False
-        self.h = self.f = self.f_prev = None
-        for group in self.groups:
-            group.clear()
+        """The layer's forward ends, in whatever way."""
+        captured = self._running.now()
+        captured.running = False
+        captured.h = captured.f = captured.f_prev = captured.surroundings = None
+        if captured.turns:
+            captured.turns.clear()
+        self._running.end()
+
+    def hold(self, groups: list[LinearGroup]) -> None:
+        """Let these groups be open while the layer's forward runs."""
+        self.groups = groups
+        for group in groups:
+            group.layer = self._running
 
     def wrap(self, args: tuple, kwargs: dict, f_prev: Tensor | None) -> tuple[tuple, dict]:
         """Put f_prev behind the layer's first positional argument (reentrant checkpointing follows those alone)."""
@@ -224,9 +254,9 @@ class PatchedLayer:
         state = self._heterolora
         if state.carrier is None and torch.compiler.is_dynamo_compiling() and _inside_a_traced_block():
             return base_forward(self, *args, **kwargs)
+        args, kwargs, f_prev = state.unwrap(args, kwargs)
         try:
-            args, kwargs, state.f_prev = state.unwrap(args, kwargs)
-            state.open()
+            state.open(f_prev)
             out = base_forward(self, *args, **kwargs)
             if not state.exports_f:
                 return out

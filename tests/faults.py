@@ -102,7 +102,7 @@ def state_of_everything(model: nn.Module, *others) -> dict:
         derived = [module._heterolora.derived for module in state.linears]
         found["patch"] = {
             "derived": [(d.gate.clone(), d.active.clone(), d.scaling.clone(), d.everything_on) for d in derived],
-            "layers": [(layer._heterolora.running, layer._heterolora.h, layer._heterolora.f) for layer in state.layers],
+            "layers": [vars(layer._heterolora._running.now()) for layer in state.layers],
             "ledger": state.switches.ledger.collecting, "enabled": state.switches.enabled, "driven": state.step_hooks.driven,
             "steps": state.step_hooks.steps, "resets": state.step_hooks.pending_resets(), "overrides": list(state.overrides),
             "observers": len(state.step_hooks.observers)}

@@ -78,11 +78,11 @@ def captured(model: nn.Module) -> list:
     held = []
     for module in model.modules():
         state = module.__dict__.get("_heterolora")
-        held += [getattr(state, name, None) for name in ("h", "f", "f_prev")]
-        held += [group._turn for group in getattr(state, "groups", ())]
+        held += [value for value in vars(state._running.now()).values() if value] if hasattr(state, "_running") else []
+        held += [group.layer.now().turns or None for group in getattr(state, "groups", ())]
         carriers = module.__dict__.get("_heterolora_carriers", ())
-        held += [carrier._f for carrier in carriers]
-        assert all(carrier._depth == 0 for carrier in carriers)
+        held += [carrier._running.now().f for carrier in carriers]
+        assert all(carrier._running.now().depth == 0 for carrier in carriers)
     return [tensor for tensor in held if tensor is not None]
 
 

@@ -232,8 +232,8 @@ def test_a_forward_that_is_interrupted_holds_nothing():
     handle.remove()
     for layer in model.model.layers:
         state = layer._heterolora
-        assert not state.running and state.h is state.f is state.f_prev is None
-        assert state.carrier._f is None and all(group._turn is None for group in state.groups)
+        assert not any(vars(state._running.now()).values())
+        assert state.carrier._running.now().f is None and all(not group.layer.now().turns for group in state.groups)
     torch.testing.assert_close(model(**llama_batch(0)).loss, make_llama()(**llama_batch(0)).loss)
 
 

@@ -336,7 +336,7 @@ def test_an_output_is_let_go_when_it_is_taken():
     model[0].script = script
     with torch.no_grad():
         model(make_x())
-    assert len(seen) == 3 and model[0]._heterolora.groups[0]._turn is None
+    assert len(seen) == 3 and not model[0]._heterolora.groups[0].layer.now().turns
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -371,7 +371,7 @@ def test_a_copy_made_between_the_calls_holds_nothing_and_runs_its_own():
         model(make_x())
     twin = copies[0]
     group = twin[0]._heterolora.groups[0]
-    assert group._turn is None and not group.is_running and group.linears == linears_of(twin[0])
+    assert not group.layer.now().turns and group.running() is None and group.linears == linears_of(twin[0])
     twin[0].script = in_turn
     with torch.no_grad():
         linears_of(twin[0])[1].lora_B.zero_()

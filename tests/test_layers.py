@@ -29,7 +29,7 @@ from families import (
 from torch import Tensor, nn
 
 import heterolora_kernels as hlk
-from heterolora_kernels.grouping import GROUPS, LinearGroup
+from heterolora_kernels.grouping import GROUPS, LinearGroup, surroundings_now
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
@@ -240,12 +240,12 @@ def test_mask_group_of_members_that_are_not_all_called_holds_nothing_after_the_l
 
 def _opened(members) -> LinearGroup:
     group = LinearGroup(members)
-    group.open()
+    group.layer.begin().surroundings = surroundings_now()
     return group
 
 
 def _key(group: LinearGroup, member: str, x: Tensor) -> Tensor:
-    return group.enter(member, x).key(x)
+    return group.enter(group.layer.now(), member, x).key(x)
 
 
 ORDERS = {"as_listed": "qkv", "backwards": "vkq", "mixed": "kqv"}
@@ -279,7 +279,7 @@ def test_group_copies_hold_nothing():
     group = _opened("qkv")
     _key(group, "q", torch.randn(2, 3))
     twin = copy.deepcopy(group)
-    assert twin.members == group.members and twin._turn is None and twin.derived is None and not twin.is_running
+    assert twin.members == group.members and not twin.layer.now().turns and twin.derived is None and twin.running() is None
 
 
 @every_family
