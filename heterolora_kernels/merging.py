@@ -11,9 +11,10 @@ from heterolora_kernels.layers import PatchedQuantised, Path
 from heterolora_kernels.patching import refuse_sharded, remove_heterolora
 from heterolora_kernels.reach import is_read_past
 from heterolora_kernels.state import STATE_NAME, state_of, whole
-from heterolora_kernels.undo import undone_on_failure
+from heterolora_kernels.undo import keeps_modes, undone_on_failure
 
 
+@keeps_modes
 def merge_heterolora(model: nn.Module, drop_shortcuts: bool = False) -> nn.Module:
     """Add every active LoRA path to its weight, ``W += s B A`` over the active rows, and remove the patch.
 

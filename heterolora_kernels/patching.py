@@ -50,7 +50,7 @@ from heterolora_kernels.sites import SHORTCUTS, Carrier, LayerState, PatchedLaye
 from heterolora_kernels.state import ADAPTER_NAMES, STATE_NAME, HeteroLoraState, is_patched, state_of, unwrap, whole
 from heterolora_kernels.structure import Structure
 from heterolora_kernels.trials import ANY_NAME, CONV1D, ITSELF, PLAIN, WRAPPED, forget, judge
-from heterolora_kernels.undo import structure_of, undone_on_failure
+from heterolora_kernels.undo import keeps_modes, structure_of, undone_on_failure
 from heterolora_kernels.wrapped import PatchedAnyName, PatchedWrapped
 
 #: By which transformers knows a model with adapters; its Trainer refuses to train a quantised model without any.
@@ -224,6 +224,7 @@ def _can_run_as_one(linears: Sequence[nn.Module]) -> bool:
                and linear.weight.dtype == first.dtype and linear.weight.device == first.device for linear in linears)
 
 
+@keeps_modes
 def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
     """Patch the linears of a model in place, freeze everything but adapters and heads, and return the model.
 
@@ -338,6 +339,7 @@ def _ledger_rows(state: HeteroLoraState) -> dict[str, int]:
     return rows
 
 
+@keeps_modes
 def remove_heterolora(model: nn.Module) -> nn.Module:
     """Give back the model that was patched: types, tensors, flags and hooks; the adapters are dropped.
 
@@ -390,6 +392,7 @@ def refuse_sharded(model: nn.Module, what: str) -> None:
                          "save_adapter (format='merged' for whole weights) works after it")
 
 
+@keeps_modes
 @torch.no_grad()
 def reset_adapters(model: nn.Module) -> None:
     """Draw every adapter anew as right after patching, in place: ranks stay, so a static search can train from fresh weights.
@@ -424,6 +427,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         switches.enabled = before
 
 
+@keeps_modes
 def reference_model(model: nn.Module) -> nn.Module:
     """The base model as a module of its own, in eval mode, that shares the frozen weights: ``DPOTrainer(model, ref_model=...)``.
 

@@ -33,12 +33,13 @@ from heterolora_kernels.saved_files import NATIVE_NAME, replaced_by
 from heterolora_kernels.search import RankSearch
 from heterolora_kernels.shortcut_effect import effect_of_shortcuts
 from heterolora_kernels.state import ADAPTER_NAMES, HeteroLoraState, is_patched, state_of, unwrap, whole
-from heterolora_kernels.undo import structure_of, undone_on_failure, values_of
+from heterolora_kernels.undo import keeps_modes, structure_of, undone_on_failure, values_of
 
 #: Writes the files of one save into a folder.
 Writer = Callable[[FilePath], None]
 
 
+@keeps_modes
 def save_adapter(model: nn.Module, directory: str | os.PathLike, format: str = "native", *, search: RankSearch | None = None,
                  drop_shortcuts: bool = False, drop_heads: bool = False, batches: Iterable[Mapping] | None = None) -> None:
     """Write the adapters of a patched model into a folder, which is replaced as a whole; other files in it stay.
@@ -93,6 +94,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, format: str = "
         write(folder)
 
 
+@keeps_modes
 def write_native(model: nn.Module, directory: str | os.PathLike, *, search: RankSearch | None = None,
                  weights_name: str = "adapter.safetensors", keep_folder: bool = False) -> None:
     """Write the native format, whatever is active, from every process that calls.
@@ -234,6 +236,7 @@ def _merged(model: nn.Module, state: HeteroLoraState, **_) -> Writer:
 _FORMATS: dict[str, Callable[..., Writer]] = {"native": _native, "peft": _peft, "vllm": _vllm, "merged": _merged}
 
 
+@keeps_modes
 def load_adapter(model: nn.Module, directory: str | os.PathLike, *, search: RankSearch | None = None,
                  check_base: bool = True) -> nn.Module:
     """Load what :func:`save_adapter` wrote, or a LoRA adapter of PEFT.

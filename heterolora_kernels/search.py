@@ -31,7 +31,7 @@ from heterolora_kernels.scoring import (
 )
 from heterolora_kernels.search_state import check_search_state
 from heterolora_kernels.state import inside_wrappers, state_of
-from heterolora_kernels.undo import Undo, undone_on_failure
+from heterolora_kernels.undo import Undo, keeps_modes, undone_on_failure
 
 #: Batches of a probe: T of the published runs (arXiv 2406.14956).
 PROBE_BATCHES = 32
@@ -131,6 +131,7 @@ class RankSearch:
         return (self.config.search != "off" and self._score_of(self._proxy) == "probe" and self._proxy.needs_data
                 and not self._proxy.own_pass)
 
+    @keeps_modes
     def start(self) -> None:
         """Make the first allocation; a second call does nothing.
 
@@ -151,6 +152,7 @@ class RankSearch:
             self._state.step_hooks.driven = self._state.step_hooks.driven or self.config.search == "static"
             self._update_window()
 
+    @keeps_modes
     def step(self) -> bool:
         """Count one optimizer step, and reallocate if it is due.
 
@@ -185,6 +187,7 @@ class RankSearch:
 
     # ---- the three steps of a reallocation ----
 
+    @keeps_modes
     @torch.no_grad()
     def score(self, batches: Iterable | None = None, *, proxy: str | None = None, score: str | None = None,
               per_rank: bool = False, **measures) -> dict[str, float] | dict[str, list[float]]:
@@ -228,6 +231,7 @@ class RankSearch:
             raise ValueError(f"scores has no entry for {missing[0]!r} and {len(missing) - 1} other paths")
         return allocated(paths, scores, self.config, self._generator, self._unreached)
 
+    @keeps_modes
     def apply(self, ranks: Mapping[str, int | Tensor | Iterable[bool]]) -> None:
         """Set ranks, in place: no parameter changes identity and nothing recompiles.
 
@@ -264,6 +268,7 @@ class RankSearch:
             "masks": {name: list(rows) for name, rows in self._state.rows().items()},
         }
 
+    @keeps_modes
     def load_state_dict(self, state: Mapping) -> None:
         """Go on where :meth:`state_dict` was taken; the ranks come along.
 

@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 Undo = Callable[[], None]
+Function = TypeVar("Function", bound=Callable)
 
 
 @contextmanager
@@ -27,6 +30,34 @@ def untraced() -> Iterator[None]:
             yield
         finally:
             torch._C._set_tracing_state(tracing)
+
+
+def keeps_modes(function: Function) -> Function:
+    """Decorator: whatever interrupts the function, autograd records afterwards as it did before.
+
+    ``torch.no_grad`` switches before its block begins, and an interrupt in between leaves it off for good.
+    """
+    @functools.wraps(function)
+    def kept(*args, **kwargs):
+        before = torch.is_grad_enabled()
+        try:
+            return function(*args, **kwargs)
+        except BaseException as error:
+            _end_inference_modes(error)
+            torch._C._set_grad_enabled(before)
+            raise
+    return kept
+
+
+def _end_inference_modes(error: BaseException) -> None:
+    """End those that an interrupt caught while they were entered: the traceback would hold them, and their end sets autograd
+    too."""
+    trace = error.__traceback__
+    while trace is not None:
+        mode = trace.tb_frame.f_locals.get("self")
+        if isinstance(mode, torch.inference_mode):
+            mode.__dict__.pop("_inference_mode_context", None)
+        trace = trace.tb_next
 
 
 def _run(undo: Undo) -> None:
