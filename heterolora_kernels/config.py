@@ -191,6 +191,9 @@ class HeteroLoraConfig:
                 raise TypeError(f"{name} must be a dictionary with names as keys, got {value!r}")
         if self.sites is not None and not isinstance(self.sites, Mapping):
             raise TypeError(f"sites must be a dictionary {{class name: Site}}, got {type(self.sites).__name__}")
+        for name, site in (self.sites or {}).items():
+            if not isinstance(name, str) or not (isinstance(site, Site) or callable(site)):
+                raise TypeError(f"sites[{name!r}] must be a Site, or a function of the layer that returns one, got {site!r}")
         if self.init_from is not None:
             if not isinstance(self.init_from, (str, os.PathLike)):
                 raise TypeError(f"init_from must be the path of a folder, got {type(self.init_from).__name__}")

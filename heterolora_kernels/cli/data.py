@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ DATA = {
     "task": ("str", None, "classification (default where there is a label column) or causal-lm"),
     "text_columns": ("names", None, "column of the text, or two columns with a comma"),
     "label_column": ("str", None, "column of the classes, numbers or words"),
-    "max_length": ("int", 256, "tokens of an example, classification (default 256)"),
+    "max_length": ("int", None, "tokens of an example, classification (default 256, or what the model takes)"),
     "block_size": ("int", 256, "tokens of an example, causal-lm (default 256)"),
     "dtype": ("str", "float32", "of the base (default float32); adapters under a 16-bit base are float32"),
     "limit": ("int", None, "use only the first examples of the training data"),
@@ -130,7 +131,8 @@ def naming(flag: str, source: object) -> Iterator[None]:
     except Exception as error:
         # datasets wraps what went wrong.
         cause = error.__cause__ or error
-        said = "holds no example" if "corresponds to no data" in str(error) else f"cannot be read: {cause}"
+        is_empty = "corresponds to no data" in str(error) or not str(cause).strip()
+        said = "holds no example" if is_empty else f"cannot be read: {str(cause).splitlines()[0]}"
         raise ValueError(f"{flag}: {source} {said}") from error
 
 
@@ -160,9 +162,17 @@ def _class_names(train, validation, column: str) -> list[str]:
     feature = train.features[column]
     if hasattr(feature, "names"):
         return list(feature.names)
-    values = set(train.unique(column))
+    try:
+        values = set(train.unique(column))
+    except Exception as error:
+        # datasets keeps a column of several kinds as JSON, which it cannot compare.
+        raise ValueError(f"--label-column {column!r} holds values of several kinds ({_kinds(train, column)}): write all of "
+                         f"them as "
+                         "whole numbers or all as words") from error
     if None in values or any(isinstance(value, float) for value in values):
-        raise ValueError(f"--label-column {column!r} must hold whole numbers or words without gaps")
+        odd = next(value for value in values if value is None or isinstance(value, float))
+        raise ValueError(f"--label-column {column!r} must hold whole numbers or words without gaps, and has "
+                         f"{'an empty cell' if odd is None else odd}: leave such rows out, or name the classes")
     if len(values) < 2:
         # With one class transformers would take the task for a regression.
         raise ValueError(f"--label-column {column!r} must hold two classes or more, and holds only {values.pop()!r}")
@@ -171,6 +181,64 @@ def _class_names(train, validation, column: str) -> list[str]:
         raise ValueError(f"--validation has the class {sorted(map(str, unseen))[0]!r}, which --data does not have")
     # Numbers in the order of numbers.
     return [str(value) for value in sorted(values)]
+
+
+def _kinds(part, column: str) -> str:
+    seen: dict[str, object] = {}
+    for row in part.select(range(min(len(part), 10_000))):
+        seen.setdefault(type(row[column]).__name__, row[column])
+    return ", ".join(f"{value!r}" for value in seen.values())
+
+
+#: Families whose positions begin behind that of the padding token.
+_SHIFTED = ("roberta", "camembert", "longformer", "mpnet", "ibert", "data2vec-text", "xmod", "luke", "esm")
+
+
+def _positions(config, tokenizer) -> int | None:
+    """Tokens that a model takes, where it says so."""
+    most = getattr(config, "max_position_embeddings", None)
+    if isinstance(most, int) and any(name in config.model_type for name in _SHIFTED):
+        most -= (config.pad_token_id or 0) + 1
+    # A tokenizer that knows no limit has an enormous one.
+    limits = [limit for limit in (most, tokenizer.model_max_length) if isinstance(limit, int) and 0 < limit < 10**9]
+    return min(limits, default=None)
+
+
+def _length(settings: Mapping, config, tokenizer) -> int:
+    """Tokens of an example.
+
+    Raises:
+        ValueError: --max-length is more than the model takes.
+    """
+    positions, asked = _positions(config, tokenizer), settings["max_length"]
+    if asked is not None and positions is not None and asked > positions:
+        raise ValueError(f"--max-length is {asked}, and the model takes {positions} tokens: texts beyond it are cut, so give "
+                         f"{positions} or less")
+    return asked or min(256, positions or 256)
+
+
+def _check_model(settings: Mapping, task: str, labels: list[str]):
+    """The config of ``--model``, held to fit the task.
+
+    Raises:
+        ValueError: it is no model, or classifies into other classes.
+    """
+    import transformers
+
+    name = settings["model"]
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise ValueError(f"--model: there is no folder {name}")
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ValueError(f"--model: {name} holds no model of transformers: it has no config.json")
+    with naming("--model", name):
+        config = transformers.AutoConfig.from_pretrained(name)
+    is_classifier = any(each.endswith("ForSequenceClassification") for each in config.architectures or ())
+    if task == "classification" and is_classifier and config.num_labels != len(labels):
+        raise ValueError(f"--model: {name} classifies into {config.num_labels} classes, and --label-column has {len(labels)}: "
+                         f"start "
+                         "from the model that it was made from, or save its base "
+                         "(AutoModel.from_pretrained(...).save_pretrained)")
+    return config
 
 
 def prepare(settings: Mapping, seed: int) -> Prepared:
@@ -187,6 +255,8 @@ def prepare(settings: Mapping, seed: int) -> Prepared:
     except ImportError as error:
         raise ImportError(f"this command needs the extra 'train' ({how_to_install('train')}): {error}") from error
     train, validation = _load_data(settings, seed)
+    labels = [] if task == "causal-lm" else _class_names(train, validation, settings["label_column"])
+    config = _check_model(settings, task, labels)
     with naming("--model", settings["model"]):
         tokenizer = transformers.AutoTokenizer.from_pretrained(settings["model"])
     if tokenizer.pad_token is None:
@@ -195,16 +265,23 @@ def prepare(settings: Mapping, seed: int) -> Prepared:
     if task == "causal-lm":
         model = load_model(settings, task, [])
         column, size = _text_columns(settings)[0], settings["block_size"]
+        positions = _positions(config, tokenizer)
+        if positions is not None and size > positions:
+            raise ValueError(f"--block-size is {size}, and the model takes {positions} tokens: give {positions} or less")
         train, validation = (None if part is None else _blocks(part, tokenizer, column, size) for part in (train, validation))
         if len(train) == 0:
             raise ValueError(f"--data has fewer than --block-size ({size}) tokens")
         return Prepared(model, tokenizer, train, validation if validation is not None and len(validation) else None,
                         transformers.default_data_collator, None, task, [])
-    labels = _class_names(train, validation, settings["label_column"])
+    settings = {**settings, "max_length": _length(settings, config, tokenizer)}
     model = load_model(settings, task, labels)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     train, validation = (None if part is None else _examples(part, tokenizer, settings, labels) for part in (train, validation))
+    cut = sum(length == settings["max_length"] for length in map(len, train["input_ids"]))
+    if cut:
+        print(f"{cut} of {len(train)} texts have {settings['max_length']} tokens or more and are cut there (--max-length)",
+              file=sys.stderr)
     return Prepared(model, tokenizer, train, validation, transformers.DataCollatorWithPadding(tokenizer), _accuracy, task, labels)
 
 

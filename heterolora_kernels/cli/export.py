@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import argparse
 import warnings
+from collections import Counter
 from pathlib import Path
+
+import torch
 
 from heterolora_kernels.cli import data
 from heterolora_kernels.files import field_of, read_json
@@ -42,8 +45,13 @@ def run(args: argparse.Namespace) -> int:
     if not source:
         raise ValueError(f"--model is needed: {file} does not name its base model")
     kind = field_of(base, "class", str, file)
-    dtypes = {sample["dtype"] for sample in field_of(base, "weights", dict, file).values()}
-    model = _load_base(kind, source, args.dtype or (dtypes.pop() if len(dtypes) == 1 else "float32"), file)
+    dtypes = Counter(field_of(sample, "dtype", str, f"{file}: base weight {name!r}")
+                     for name, sample in field_of(base, "weights", dict, file).items())
+    # Norms may be wider than the rest.
+    dtype = args.dtype or (dtypes.most_common(1)[0][0] if dtypes else "float32")
+    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"{file}: field 'dtype' of a base weight is {dtype!r}, which is no dtype of torch")
+    model = _load_base(kind, source, dtype, file)
     model = load_adapter(model, folder)
     search = None
     if args.format == "native" and read_json(file).get("search") is not None:
