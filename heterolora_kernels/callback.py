@@ -267,6 +267,12 @@ def _check_trl(model: nn.Module, state: HeteroLoraState, args: TrainingArguments
     if getattr(args, "sync_ref_model", False):
         raise ValueError("sync_ref_model=True: TRL copies parameters by position into a reference model, which has none of these "
                          "adapters, or other ranks; set it to False")
+    if getattr(args, "use_vllm", False):
+        raise ValueError("use_vllm=True: TRL would send vLLM the base's weights without the adapters, and tensors called "
+                         "lora_A that it "
+                         "does not know; generate with the model itself (use_vllm=False), or train an adapter of PEFT on the "
+                         "fused op "
+                         "(accelerate_peft), which TRL merges before it sends it")
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if any(cls.__module__.startswith("trl.") for cls in type(args).__mro__) and any(head is linear for linear in state.linears):
         raise ValueError("target_modules: TRL multiplies by the weight of the output embeddings itself and would never train "

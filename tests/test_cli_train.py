@@ -194,7 +194,7 @@ def test_paper_settings_and_a_decoder_that_classifies(folder, tmp_path):
     ({"--budget": "1.5"}, "budget must be"), ({"--proxy": "luck"}, "proxy must be one of"),
     ({"--target-modules": "luck"}, "target_modules"), ({"--validation-split": "2"}, "--validation-split"),
     ({"--rank-pattern": "luck=3"}, "rank_pattern"), ({"--min-rank": "2"}, "min_rank"),
-    ({"--model": "./nowhere"}, "--model: ./nowhere cannot be read: "),
+    ({"--model": "./nowhere"}, "--model: there is no folder ./nowhere"),
     ({"--accumulation": "0"}, "--accumulation must be at least 1"),
     ({"--batch-size": "0"}, "--batch-size must be at least 1"), ({"--lr": "nan"}, "--lr must be finite"),
     ({"--lr": "-1"}, "--lr must be > 0"), ({"--epochs": "0"}, "--epochs must be > 0"),

@@ -156,6 +156,13 @@ def test_what_trl_would_do_wrong_is_refused(base, tmp_path):
         dpo(tmp_path, patched(base, target_modules=["q_proj", "lm_head"], shortcuts=()), HeteroLoraCallback())
 
 
+def test_a_server_of_vllm_would_get_weights_without_the_adapters(base, tmp_path):
+    with pytest.raises(ValueError, match="use_vllm=True: .*without the adapters.*accelerate_peft"):
+        GRPOTrainer(patched(base), reward_funcs=lambda completions, **_: [0.0] * len(completions),
+                    args=arguments(GRPOConfig, tmp_path, use_vllm=True, num_generations=2, max_completion_length=4),
+                    train_dataset=examples("prompt"), processing_class=tokenizer(), callbacks=[HeteroLoraCallback()])
+
+
 def test_the_reference_model_comes_before_the_trainer(base, tmp_path):
     model = patched(base)
     dpo(tmp_path, model, HeteroLoraCallback())
