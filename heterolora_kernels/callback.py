@@ -155,6 +155,10 @@ class HeteroLoraCallback(TrainerCallback, ExportableState):
         except ValueError as error:
             raise ValueError(f"{error}; do so before building the Trainer") from error
         state.check_structure(alone=True)
+        if args.deepspeed and state.config.search != "off":
+            raise ValueError("search: under DeepSpeed parameters are stepped in flat partitions (ZeRO) or copies, in which "
+                             "what has rank 0 "
+                             "cannot be frozen: set search='off', or launch with DistributedDataParallel or FSDP2")
         if args.n_gpu > 1:
             raise ValueError(f"the Trainer would use nn.DataParallel on {args.n_gpu} GPUs, which shares what a forward captures "
                              "among threads: launch with torchrun or accelerate, or show it one GPU (CUDA_VISIBLE_DEVICES=0)")

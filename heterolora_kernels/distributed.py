@@ -117,7 +117,35 @@ def wrapper_of(model: nn.Module) -> str | None:
             return "FSDP2"
         if isinstance(module, _loaded("fsdp", "FullyShardedDataParallel")):
             return "FSDP1"
-    return "DTensor" if count_dtensors(model.parameters()) else None
+    if count_dtensors(model.parameters()):
+        return "DTensor"
+    return "ZeRO-3" if any(zero_stage(parameter) == 3 for parameter in model.parameters()) else None
+
+
+def zero_stage(parameter: Tensor) -> int | None:
+    """3 or 2 (which stands for 1 too) where DeepSpeed's ZeRO has taken a parameter, else None."""
+    # What it puts on parameters; nothing public tells.
+    return 3 if hasattr(parameter, "ds_id") else 2 if hasattr(parameter, "_hp_mapping") else None
+
+
+def shape_of(tensor: Tensor) -> torch.Size:
+    """The shape of the whole of a tensor: ZeRO-3 leaves an empty one in its place."""
+    return getattr(tensor, "ds_shape", tensor.shape)
+
+
+def refuse_zero(parameter: Tensor, what: str) -> None:
+    """Refuse what cannot be done with parameters that ZeRO steps in flat partitions.
+
+    Raises:
+        ValueError: names the engine, the stage and the remedy.
+    """
+    stage = zero_stage(parameter)
+    if stage is not None:
+        raise ValueError(f"{what}: DeepSpeed {'ZeRO-3' if stage == 3 else 'ZeRO-1 or 2'} steps flat partitions of the "
+                         f"parameters, in "
+                         "which what has rank 0 cannot be frozen: set search='off' (ranks that `heterolora search` chose can "
+                         "be trained "
+                         "so), or use DistributedDataParallel or FSDP2 (fully_shard)")
 
 
 def is_fsdp(module: nn.Module) -> bool:
@@ -165,6 +193,9 @@ def reduces_gradients(model: nn.Module) -> bool:
 
 def full(tensor: Tensor) -> Tensor:
     """The whole of a tensor, detached; a collective where it is sharded."""
+    if hasattr(tensor, "ds_id"):
+        with sys.modules["deepspeed"].zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
     return tensor.detach().full_tensor() if is_dtensor(tensor) else tensor.detach()
 
 

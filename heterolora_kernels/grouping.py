@@ -256,6 +256,9 @@ def _is_plain(found: tuple[Tensor | None, ...], like: Tensor | None) -> bool:
     for tensor in (weight, lora_A, lora_B, *([] if bias is None else [bias])):
         if type(tensor) is not nn.Parameter or tensor.device != like.device or tensor.is_meta or tensor.numel() == 0:
             return False
+        # ZeRO-3 gathers the parameters of one module at a time, in the backward too.
+        if hasattr(tensor, "ds_id"):
+            return False
         if not torch.compiler.is_compiling() and tensor.untyped_storage().nbytes() == 0:
             return False
     return weight.dtype == like.dtype and weight.shape[1:] == like.shape[1:]

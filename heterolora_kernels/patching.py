@@ -241,6 +241,14 @@ def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
     Raises:
         ValueError, TypeError: names the argument or the module; the model is then as it was.
     """
+    try:
+        return _apply(model, config)
+    finally:
+        # Until here one trial of a kind of module serves for all, those of plan_paths too.
+        forget()
+
+
+def _apply(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(config, HeteroLoraConfig):
@@ -250,8 +258,9 @@ def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
                          "wrapper made before does not know the adapters")
     wrapper = distributed.wrapper_of(model)
     if wrapper is not None:
-        raise ValueError(f"model is already sharded ({wrapper}): call apply_heterolora first, then fully_shard, which would not "
-                         "know adapters that come later; tensor parallelism is not supported")
+        raise ValueError(f"model is already sharded ({wrapper}): call apply_heterolora first, then fully_shard or "
+                         "deepspeed.initialize, which would not know adapters that come later; tensor parallelism is not "
+                         "supported")
     if torch.is_inference_mode_enabled():
         raise RuntimeError("apply_heterolora was called under torch.inference_mode: adapters made there can never be trained")
     peft = sys.modules.get("peft.tuners.tuners_utils")
@@ -308,7 +317,6 @@ def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
 
 def _plan(model: nn.Module, config: HeteroLoraConfig):
     """Heads, LoRA paths, layers and shortcuts of a config; the model is not changed."""
-    forget()
     heads = find_heads(model, config)
     targets = find_targets(model, config, heads) if len(config.target_modules) > 0 else {}
     lora = plan_lora(targets, config)
@@ -501,10 +509,11 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     """``trainable``, ``all`` and ``active``: trainable parameters of heads, and of the active rows of every path."""
     state = state_of(model)
     parameters = {id(p): p for p in unwrap(model).parameters()}
-    trainable = sum(p.numel() for p in parameters.values() if p.requires_grad)
-    inactive = sum(path.active_rows().count(False) * (path.lora_A.shape[1] + path.lora_B.shape[0])
+    trainable = sum(distributed.shape_of(p).numel() for p in parameters.values() if p.requires_grad)
+    inactive = sum(path.active_rows().count(False) * (distributed.shape_of(path.lora_A)[1] + distributed.shape_of(path.lora_B)[0])
                    for path in state.paths.values())
-    return {"trainable": trainable, "all": sum(p.numel() for p in parameters.values()), "active": trainable - inactive}
+    return {"trainable": trainable, "all": sum(distributed.shape_of(p).numel() for p in parameters.values()),
+            "active": trainable - inactive}
 
 
 def print_trainable_parameters(model: nn.Module) -> None:

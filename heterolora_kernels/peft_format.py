@@ -202,7 +202,8 @@ class PeftAdapter:
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The state dict without the adapters' entries."""
-    return {name: value for name, value in model.state_dict().items()
+    # The parameters themselves: ZeRO-3 leaves empty tensors in their copies.
+    return {name: value for name, value in model.state_dict(keep_vars=True).items()
             if isinstance(value, Tensor) and name.rpartition(".")[2] not in ADAPTER_NAMES}
 
 
@@ -390,7 +391,7 @@ def heads_to_save(model: nn.Module, state: HeteroLoraState, paths: Sequence[Path
     if ends:
         warnings.warn(f"{', '.join(ends)}: tied to a head ({', '.join(sorted(set(ends.values())))}), and saved as often as it "
                       f"has "
-                      "names: PEFT loads separate tensors, equal until they are trained on", stacklevel=4)
+                      "names: PEFT loads separate tensors, equal until they are trained on", stacklevel=5)
     tied, impossible = peft_modules(model, ends, names)
     if impossible:
         raise ValueError(f"format 'peft' cannot hold {impossible[0]!r}, which is tied to the head {ends[impossible[0]]!r} and "

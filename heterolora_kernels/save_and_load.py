@@ -87,7 +87,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, format: str = "
     state.reshard()
     write = _FORMATS[format](model, state, search=search, drop_heads=drop_heads)
     if shortcuts and format != "native":
-        warnings.warn(f"left out {len(shortcuts)} shortcuts: {effect_of_shortcuts(model, state, batches)}", stacklevel=2)
+        warnings.warn(f"left out {len(shortcuts)} shortcuts: {effect_of_shortcuts(model, state, batches)}", stacklevel=3)
     if not distributed.is_first():
         return
     with folders.replaced_folder(directory, lambda folder: replaced_by(format, folder)) as folder:
@@ -178,8 +178,8 @@ def _head_tensors(model: nn.Module, state: HeteroLoraState) -> dict[str, Tensor]
 
 def _properties(path: Path) -> dict:
     """What a saved path and the model's path of that name must have in common."""
-    return {"site": path.site, "r": path.r, "scaling": path.scaling, "in_features": path.lora_A.shape[1],
-            "out_features": path.lora_B.shape[0]}
+    return {"site": path.site, "r": path.r, "scaling": path.scaling, "in_features": distributed.shape_of(path.lora_A)[1],
+            "out_features": distributed.shape_of(path.lora_B)[0]}
 
 
 def _name_of(dtype: torch.dtype) -> str:
@@ -261,6 +261,10 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, search: Rank
         raise ValueError("search belongs to another model, for this one is not patched: load first, then build it")
     if patched:
         state_of(model).check_structure()
+        if distributed.wrapper_of(model) == "ZeRO-3":
+            raise ValueError("model is sharded by DeepSpeed ZeRO-3: load the adapter before deepspeed.initialize, or resume "
+                             "from a "
+                             "checkpoint of DeepSpeed")
     if search is not None:
         _check_search(state_of(model), search)
     # Loading into shards is a collective: all processes have read the files, or none begins.

@@ -77,7 +77,7 @@ class RankSearch:
             distributed.reshard(model)
             # A pack would be a copy of the whole weight on every process, and the gathered weight is another one each time.
             self._state.switches.packing.mode = "off"
-        self._state.check_structure(alone=True)
+        self._state.check_structure(alone=True, searched=True)
         self.config = self._state.config
         self._proxy = get_proxy(self.config.proxy)
         self._per_rank = get_allocator(self.config.ranks).per_rank
@@ -367,7 +367,7 @@ class RankSearch:
     def _check_patched(self) -> None:
         if state_of(self._model) is not self._state:
             raise ValueError("model was patched anew after this search was built: build another RankSearch")
-        self._state.check_structure()
+        self._state.check_structure(searched=True)
 
     def _eligible(self) -> list[str]:
         return [name for name, path in self._state.paths.items() if self.config.mode != "lora_only" or path.kind == "lora"]

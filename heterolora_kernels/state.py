@@ -100,11 +100,12 @@ class HeteroLoraState:
             if not self.reach.is_told and distributed.is_first():
                 self.reach.tell(model)
 
-    def check_structure(self, alone: bool = False) -> None:
+    def check_structure(self, alone: bool = False, searched: bool = False) -> None:
         """Refuse a model in which somebody has moved or replaced patched modules.
 
         Args:
             alone: refuse adapters of PEFT in it too.
+            searched: refuse engines under which ranks cannot be chosen, where the config means to.
 
         Raises:
             ValueError: names the modules, and the remedy.
@@ -114,6 +115,8 @@ class HeteroLoraState:
             if alone:
                 refuse_peft_beside(model)
             self.structure.check(model)
+        if searched and self.config.search != "off":
+            distributed.refuse_zero(next(iter(self.paths.values())).lora_A, "search")
 
     def reshard(self) -> None:
         """Let FSDP2 put the sharded parameters in their places, those that optimizers hold."""
