@@ -157,8 +157,8 @@ class HeteroLoraCallback(TrainerCallback, ExportableState):
         state.check_structure(alone=True)
         if args.deepspeed and state.config.search != "off":
             raise ValueError("search: under DeepSpeed parameters are stepped in flat partitions (ZeRO) or copies, in which "
-                             "what has rank 0 "
-                             "cannot be frozen: set search='off', or launch with DistributedDataParallel or FSDP2")
+                             "what has rank 0 cannot be frozen: set search='off', or launch with DistributedDataParallel or "
+                             "FSDP2")
         if args.n_gpu > 1:
             raise ValueError(f"the Trainer would use nn.DataParallel on {args.n_gpu} GPUs, which shares what a forward captures "
                              "among threads: launch with torchrun or accelerate, or show it one GPU (CUDA_VISIBLE_DEVICES=0)")
@@ -273,10 +273,8 @@ def _check_trl(model: nn.Module, state: HeteroLoraState, args: TrainingArguments
                          "adapters, or other ranks; set it to False")
     if getattr(args, "use_vllm", False):
         raise ValueError("use_vllm=True: TRL would send vLLM the base's weights without the adapters, and tensors called "
-                         "lora_A that it "
-                         "does not know; generate with the model itself (use_vllm=False), or train an adapter of PEFT on the "
-                         "fused op "
-                         "(accelerate_peft), which TRL merges before it sends it")
+                         "lora_A that it does not know; generate with the model itself (use_vllm=False), or train an adapter "
+                         "of PEFT on the fused op (accelerate_peft), which TRL merges before it sends it")
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if any(cls.__module__.startswith("trl.") for cls in type(args).__mro__) and any(head is linear for linear in state.linears):
         raise ValueError("target_modules: TRL multiplies by the weight of the output embeddings itself and would never train "

@@ -258,8 +258,7 @@ class HeteroLoraConfig:
             self.layers_to_transform = layers
         if layers not in (None, ()) and isinstance(self.target_modules, str):
             raise ValueError("layers_to_transform needs target_modules to be a list of names: a regular expression or "
-                             "'all-linear' "
-                             f"says itself which layers it means, got {self.target_modules!r}")
+                             f"'all-linear' says itself which layers it means, got {self.target_modules!r}")
         if isinstance(pattern, str):
             pattern = (pattern,) if pattern else ()
         if pattern is not None:

@@ -142,10 +142,8 @@ def refuse_zero(parameter: Tensor, what: str) -> None:
     stage = zero_stage(parameter)
     if stage is not None:
         raise ValueError(f"{what}: DeepSpeed {'ZeRO-3' if stage == 3 else 'ZeRO-1 or 2'} steps flat partitions of the "
-                         f"parameters, in "
-                         "which what has rank 0 cannot be frozen: set search='off' (ranks that `heterolora search` chose can "
-                         "be trained "
-                         "so), or use DistributedDataParallel or FSDP2 (fully_shard)")
+                         "parameters, in which what has rank 0 cannot be frozen: set search='off' (ranks that `heterolora "
+                         "search` chose can be trained so), or use DistributedDataParallel or FSDP2 (fully_shard)")
 
 
 def is_fsdp(module: nn.Module) -> bool:

@@ -163,8 +163,8 @@ def _read(path: Path, most: int | None = None) -> bytes:
             raise ValueError(f"{path} must be a file, and is a pipe or a device")
         limit = most or available_memory(torch.device("cpu"))
         if limit is not None and status.st_size > limit:
-            raise ValueError(f"{path} has {status.st_size:,} bytes, and may have {limit:,}"
-                             f"{'' if most else ', the memory that is available'}")
+            raise ValueError(f"{path} has {status.st_size:,} bytes, and may have "
+                             f"{limit:,}{'' if most else ', the memory that is available'}")
         return path.read_bytes()
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} is missing") from error

@@ -70,5 +70,5 @@ def check_base(model: nn.Module, state: HeteroLoraState, kept: Mapping[str, tupl
         atol = max((kind.tiny * kind.eps for kind in kinds), default=0.0)
         if found.shape != values.shape or not torch.allclose(found, values, rtol=rtol, atol=atol, equal_nan=True):
             raise ValueError(f"{file}: the adapter was trained on another base: the weight of "
-                             f"{name.removesuffix('.weight')!r} has "
-                             "other values in this model (check_base=False loads it all the same)")
+                             f"{name.removesuffix('.weight')!r} has other values in this model (check_base=False loads it all "
+                             "the same)")

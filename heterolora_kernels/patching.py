@@ -523,5 +523,5 @@ def print_trainable_parameters(model: nn.Module) -> None:
         model: a patched model, wrapped or not.
     """
     counts = count_parameters(model)
-    print(f"trainable params: {counts['trainable']:,d} || all params: {counts['all']:,d} || "
-          f"trainable%: {100 * counts['trainable'] / max(counts['all'], 1):.4f} || active params: {counts['active']:,d}")
+    print(f"trainable params: {counts['trainable']:,d} || all params: {counts['all']:,d} || trainable%: "
+          f"{100 * counts['trainable'] / max(counts['all'], 1):.4f} || active params: {counts['active']:,d}")

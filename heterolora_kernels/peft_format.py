@@ -144,8 +144,7 @@ class PeftAdapter:
                 meaning = meaning_of(name)
                 if own is None and meaning is not None:
                     raise ValueError(f"{self.weights}: tensor {name!r} is neither LoRA of a linear nor of modules_to_save: "
-                                     f"loading it "
-                                     f"would take {meaning}")
+                                     f"loading it would take {meaning}")
                 raise ValueError(f"{self.weights}: tensor {name!r} is neither LoRA nor of modules_to_save, and "
                                  f"{'the model has none of that name' if own is None else 'the model has other values there'}")
 
@@ -306,10 +305,10 @@ def _module(name: str, pair: Mapping[str, Tensor], config: Mapping, weights: Fil
     r = pattern_value(name, config.get("rank_pattern") or {}, config["r"])
     alpha = pattern_value(name, config.get("alpha_pattern") or {}, config["lora_alpha"])
     if is_of_experts((pair["lora_A"].shape, pair["lora_B"].shape), r):
-        raise ValueError(f"{weights}: {name!r} has lora_A {list(pair['lora_A'].shape)} and lora_B {list(pair['lora_B'].shape)}, "
-                         f"{pair['lora_A'].shape[0] // r} times the rank {r} of fields 'r' and 'rank_pattern': factors of "
-                         f"stacked "
-                         "experts ('target_parameters'), which cannot be loaded, or a rank that the fields do not say")
+        raise ValueError(f"{weights}: {name!r} has lora_A {list(pair['lora_A'].shape)} and lora_B "
+                         f"{list(pair['lora_B'].shape)}, {pair['lora_A'].shape[0] // r} times the rank {r} of fields 'r' and "
+                         "'rank_pattern': factors of stacked experts ('target_parameters'), which cannot be loaded, or a rank "
+                         "that the fields do not say")
     if pair["lora_A"].shape[0] != r or pair["lora_B"].shape[1] != r:
         raise ValueError(f"{weights}: {name!r} has lora_A {list(pair['lora_A'].shape)} and lora_B "
                          f"{list(pair['lora_B'].shape)}, and fields 'r' and 'rank_pattern' give it rank {r}")
@@ -385,18 +384,16 @@ def heads_to_save(model: nn.Module, state: HeteroLoraState, paths: Sequence[Path
     beside, lost = peft_modules(model, state.beside.tensors(model, state.is_own), names)
     if lost:
         raise ValueError(f"format 'peft' cannot hold {lost[0]!r} ({len(lost)} in all), which was trained beside the adapters: "
-                         f"PEFT saves "
-                         "whole modules without adapters; use format='native' or 'merged', or drop_heads=True for the base's own")
+                         "PEFT saves whole modules without adapters; use format='native' or 'merged', or drop_heads=True for "
+                         "the base's own")
     ends = state.heads.other_ends(model)
     if ends:
         warnings.warn(f"{', '.join(ends)}: tied to a head ({', '.join(sorted(set(ends.values())))}), and saved as often as it "
-                      f"has "
-                      "names: PEFT loads separate tensors, equal until they are trained on", stacklevel=5)
+                      "has names: PEFT loads separate tensors, equal until they are trained on", stacklevel=5)
     tied, impossible = peft_modules(model, ends, names)
     if impossible:
         raise ValueError(f"format 'peft' cannot hold {impossible[0]!r}, which is tied to the head {ends[impossible[0]]!r} and "
-                         f"has an "
-                         "adapter; use format='native'")
+                         "has an adapter; use format='native'")
     return list(dict.fromkeys((*_uncontained(model, state.heads.entries), *tied, *beside, *expected)))
 
 

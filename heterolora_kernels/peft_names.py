@@ -77,10 +77,9 @@ def check_names_stay(model: nn.Module, names: Iterable[str]) -> None:
         # PEFT takes back what only leaves a prefix away.
         if mapped != key and not key.endswith(mapped):
             raise ValueError(f"format 'peft' cannot hold {name!r}: PEFT takes it for a name of an older "
-                             f"{model.config.model_type!r} model "
-                             f"and looks for {mapped.removeprefix('base_model.model.').removesuffix('.lora_A.weight')!r}, "
-                             f"which this "
-                             "model does not have; use format='native' or 'merged'")
+                             f"{model.config.model_type!r} model and looks for "
+                             f"{mapped.removeprefix('base_model.model.').removesuffix('.lora_A.weight')!r}, which this model "
+                             "does not have; use format='native' or 'merged'")
 
 
 def check_not_of_experts(model: nn.Module, names: Iterable[str]) -> None:
@@ -95,7 +94,5 @@ def check_not_of_experts(model: nn.Module, names: Iterable[str]) -> None:
     taken = [name for name in names if name.rpartition(".")[2] in _OF_EXPERTS.get(kind, ())]
     if taken:
         raise ValueError(f"format 'peft' cannot hold {taken[0]!r} ({len(taken)} in all): in a {model.config.model_type!r} "
-                         f"model PEFT "
-                         f"takes every target called {taken[0].rpartition('.')[2]!r} for the stacked experts; leave such "
-                         f"modules out "
-                         "(exclude_modules), or use format='native' or 'merged'")
+                         f"model PEFT takes every target called {taken[0].rpartition('.')[2]!r} for the stacked experts; "
+                         "leave such modules out (exclude_modules), or use format='native' or 'merged'")

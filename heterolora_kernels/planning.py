@@ -63,9 +63,9 @@ def find_targets(model: nn.Module, config: HeteroLoraConfig, heads: Heads) -> di
         warnings.warn(tell_left(model, refused), stacklevel=6)
     if not targets:
         names = sorted({name.rpartition('.')[2] for name, module in modules.items() if looks_linear(module)})
-        raise ValueError(f"target_modules {config.target_modules!r} matches no linear of the model"
-                         f"{' that exclude_modules leaves' if len(config.exclude_modules) else ''}; the model's linears are "
-                         f"called {names}")
+        raise ValueError(f"target_modules {config.target_modules!r} matches no linear of the "
+                         f"model{' that exclude_modules leaves' if len(config.exclude_modules) else ''}; the model's linears "
+                         f"are called {names}")
     unused = [] if isinstance(config.exclude_modules, str) else [
         pattern for pattern in config.exclude_modules if not any(matches(name, (pattern,)) for name in modules)]
     if unused:

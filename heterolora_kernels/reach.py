@@ -70,8 +70,7 @@ class Reach:
             parts.append(f"{listed_by_pattern(sorted(past))}: the weight is read past the module, so LoRA has no effect there")
         if self.unreached - past:
             parts.append(f"{listed_by_pattern(sorted(self.unreached - past))}: no forward calls them, or the loss does not "
-                         f"use what "
-                         "they compute")
+                         "use what they compute")
         warnings.warn(f"{len(self.unreached)} paths took no part in the first step: {'; '.join(parts)}. They take no budget "
                       f"and no turn in "
                       "a warm-up until they take part; name them in exclude_modules to leave them out", stacklevel=6)

@@ -199,8 +199,7 @@ def _vllm(model: nn.Module, state: HeteroLoraState, *, drop_heads: bool, **_) ->
     heads = [*_head_tensors(model, state), *state.beside.tensors(model, state.is_own)]
     if heads and not drop_heads:
         raise ValueError(f"format 'vllm' cannot hold what was trained beside adapters ({heads[0]}, ...): vLLM refuses "
-                         f"adapters with "
-                         "modules_to_save; use format='merged', or drop_heads=True for the base's own")
+                         "adapters with modules_to_save; use format='merged', or drop_heads=True for the base's own")
     paths = open_paths(state.paths.values())
     return _peft_writer(*peft_format.as_uniform(peft_format.describe(model, paths, state.config.lora_dropout, ()),
                                                 peft_format.peft_tensors(model, paths, ()), paths))
@@ -263,8 +262,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, search: Rank
         state_of(model).check_structure()
         if distributed.wrapper_of(model) == "ZeRO-3":
             raise ValueError("model is sharded by DeepSpeed ZeRO-3: load the adapter before deepspeed.initialize, or resume "
-                             "from a "
-                             "checkpoint of DeepSpeed")
+                             "from a checkpoint of DeepSpeed")
     if search is not None:
         _check_search(state_of(model), search)
     # Loading into shards is a collective: all processes have read the files, or none begins.
@@ -376,8 +374,7 @@ def _check_ties(model: nn.Module, state: HeteroLoraState, saved: Saved) -> None:
     name = sorted(set(ties.items()) ^ set(saved.tied.items()))[0][0]
     raise ValueError(f"{saved.file}: field 'tied': {name!r} is {'' if name in saved.tied else 'not '}one parameter with "
                      f"{saved.tied.get(name) or ties[name]!r} in the file, and {'not ' if name in saved.tied else ''}in this "
-                     f"model "
-                     "(tie_word_embeddings)")
+                     "model (tie_word_embeddings)")
 
 
 def _load(model: nn.Module, saved: Saved, search: RankSearch | None, check_base: bool) -> None:
@@ -396,8 +393,7 @@ def _load(model: nn.Module, saved: Saved, search: RankSearch | None, check_base:
     left = sorted(state.beside.tensors(model, state.is_own).keys() - saved.others.keys())
     if left and saved.config is not None:
         warnings.warn(f"{saved.file} does not hold what this model trained beside its adapters ({left[0]}, {len(left)} in "
-                      f"all): it "
-                      "stays as it is", stacklevel=4)
+                      "all): it stays as it is", stacklevel=4)
     targets.update(others)
     for name, path in state.paths.items():
         targets.update((f"{name}.{leaf}", getattr(path.holder, leaf)) for leaf in ADAPTER_NAMES)

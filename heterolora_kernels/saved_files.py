@@ -35,8 +35,7 @@ def replaced_by(format: str, folder: Path) -> Collection[str]:
     if format in ("native", "merged") and (folder / CONFIG_NAME).exists():
         if any(field in _read(folder / CONFIG_NAME) for field in _FOREIGN_FIELDS):
             raise ValueError(f"directory: {folder} holds an adapter that PEFT wrote ({CONFIG_NAME}), and a folder holds one "
-                             f"adapter: "
-                             "name another folder, or remove it first")
+                             "adapter: name another folder, or remove it first")
         goes |= {CONFIG_NAME, WEIGHTS_NAME}
     if format == "merged":
         shards = _read(folder / _INDEX).get("weight_map")

@@ -208,11 +208,9 @@ def _why_unpatched(model: nn.Module) -> str:
         return f"model is PEFT's {type(model).__name__} around a patched model (at {inside[0]!r}). {PEFT_REMEDY}"
     if len(inside) > 1:
         return (f"model is not patched, but its parts {inside} are: pass one of them, model.get_submodule({inside[0]!r}), or "
-                f"patch "
-                "the whole model")
+                "patch the whole model")
     return (f"model is not patched, but its part {inside[0]!r} is: pass that part, model.get_submodule({inside[0]!r}), or "
-            f"patch the "
-            "whole model")
+            "patch the whole model")
 
 
 def is_patched(model: nn.Module) -> bool:

@@ -74,8 +74,7 @@ class Structure:
 
 
 PEFT_REMEDY = ("Only PEFT's would be trained, beside patched linears that are frozen. Train one of the two: leave peft_config "
-               "(of a "
-               "TRL trainer) or get_peft_model away, or patch nothing and call accelerate_peft on PEFT's model")
+               "(of a TRL trainer) or get_peft_model away, or patch nothing and call accelerate_peft on PEFT's model")
 
 
 def peft_layers(model: nn.Module) -> list[str]:

@@ -72,8 +72,8 @@ def _row(record: dict) -> str:
                                    record["reason"])))
     reached = record["paths"] - len(record["unreached"])
     peft = record["peft"].partition(":")[0]
-    return (f"| {record['type']} | {record['class'] or ''} | {record['outcome']} | "
-            f"{reached if record['paths'] else ''} | {_short(told)} | {peft} |")
+    return (f"| {record['type']} | {record['class'] or ''} | {record['outcome']} | {reached if record['paths'] else ''} | "
+            f"{_short(told)} | {peft} |")
 
 
 def write_table(records: list[dict]) -> None:
@@ -99,8 +99,7 @@ def write_table(records: list[dict]) -> None:
         f"In PEFT {exports['same']} compute the same, {exports['refused']} exports are refused with the reason, "
         f"{exports['not in PEFT']} cannot be run by PEFT at all.", "",
         "*Reached*: paths that had a gradient after the first step. *Not built*: our recipes for small configs and inputs do "
-        "not fit it; "
-        "that says nothing about the package.", "",
+        "not fit it; that says nothing about the package.", "",
         "| type | class | outcome | reached | what is said | PEFT |", "|---|---|---|---|---|---|",
         *(_row(record) for record in tried), "", "## Not built here", "", "| type | class | why |", "|---|---|---|",
         *(f"| {record['type']} | {record['class'] or ''} | {_short(record['reason'], 110)} |" for record in records
@@ -125,8 +124,7 @@ def main() -> int:
     for record in records:
         if record["outcome"] == "fault" or args.types:
             print(f"{record['type']}: {record['outcome']}: {record['paths']} paths, {len(record['unreached'])} not reached; "
-                  f"PEFT: "
-                  f"{record['peft']}; {record['reason']} {record['left'][:200]}")
+                  f"PEFT: {record['peft']}; {record['reason']} {record['left'][:200]}")
     print(dict(Counter(record["outcome"] for record in records)))
     if not args.types:
         write_table(records)

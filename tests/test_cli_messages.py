@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,7 @@ def training(folder, data, output, *more: str) -> list[str]:  # noqa: F811
 def test_data(folder, content, expected, tmp_path, capsys):  # noqa: F811
     (tmp_path / "data.jsonl").write_text(content)
     line = said(capsys, *training(folder, tmp_path / "data.jsonl", tmp_path / "run"))
-    assert __import__("re").search(expected, line), line
+    assert re.search(expected, line), line
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def good(tmp_path):
 ])
 def test_settings(folder, good, more, expected, tmp_path, capsys):  # noqa: F811
     line = said(capsys, *training(folder, good, tmp_path / "run", *more))
-    assert __import__("re").search(expected, line), line
+    assert re.search(expected, line), line
 
 
 @pytest.mark.parametrize("written, expected", [("sites = {A = 3}", r"sites\['A'\] must be a Site"),
@@ -81,7 +82,7 @@ def test_settings(folder, good, more, expected, tmp_path, capsys):  # noqa: F811
 def test_sites_of_a_file(folder, good, written, expected, tmp_path, capsys):  # noqa: F811
     (tmp_path / "settings.toml").write_text(written)
     line = said(capsys, *training(folder, good, tmp_path / "run", "--config", str(tmp_path / "settings.toml")))
-    assert __import__("re").search(expected, line), line
+    assert re.search(expected, line), line
     assert not (tmp_path / "run" / "adapter").exists()
 
 

@@ -167,8 +167,7 @@ def _class_names(train, validation, column: str) -> list[str]:
     except Exception as error:
         # datasets keeps a column of several kinds as JSON, which it cannot compare.
         raise ValueError(f"--label-column {column!r} holds values of several kinds ({_kinds(train, column)}): write all of "
-                         f"them as "
-                         "whole numbers or all as words") from error
+                         "them as whole numbers or all as words") from error
     if None in values or any(isinstance(value, float) for value in values):
         odd = next(value for value in values if value is None or isinstance(value, float))
         raise ValueError(f"--label-column {column!r} must hold whole numbers or words without gaps, and has "
@@ -235,8 +234,7 @@ def _check_model(settings: Mapping, task: str, labels: list[str]):
     is_classifier = any(each.endswith("ForSequenceClassification") for each in config.architectures or ())
     if task == "classification" and is_classifier and config.num_labels != len(labels):
         raise ValueError(f"--model: {name} classifies into {config.num_labels} classes, and --label-column has {len(labels)}: "
-                         f"start "
-                         "from the model that it was made from, or save its base "
+                         "start from the model that it was made from, or save its base "
                          "(AutoModel.from_pretrained(...).save_pretrained)")
     return config
 
@@ -326,8 +324,8 @@ def load_pretrained(kind: type, source: str, dtype: str, **options) -> nn.Module
 def _checked_texts(batch: Mapping, column: str) -> list[str]:
     odd = [value for value in batch[column] if not isinstance(value, str)]
     if odd:
-        raise ValueError(f"--text-columns: column {column!r} must hold texts, and has {odd[0]!r}"
-                         f"{' (an empty cell)' if odd[0] is None else ''}")
+        raise ValueError(f"--text-columns: column {column!r} must hold texts, and has "
+                         f"{odd[0]!r}{' (an empty cell)' if odd[0] is None else ''}")
     return batch[column]
 
 

@@ -40,9 +40,8 @@ def lora_delta(x: Tensor, base_outs: Sequence[Tensor], sources: Sequence[Tensor]
     """``base_out_i + sum_p s_p ((drop(u_p) A_p^T) * gate_p) B_p^T``; see :func:`lora_linear`."""
     if probe is not None and probe.requires_grad:
         raise RuntimeError("heterolora_kernels collects statistics (a search's window, a probe or collect_statistics is "
-                           "open), which "
-                           "torch.func, forward-mode differentiation and nested or sparse inputs do not give: differentiate "
-                           "outside it")
+                           "open), which torch.func, forward-mode differentiation and nested or sparse inputs do not give: "
+                           "differentiate outside it")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     keeps: dict[int, Tensor] = {}
     outs = list(base_outs)

@@ -26,8 +26,8 @@ _PATHS = ("Tensor[] sources, Tensor[] lora_A, Tensor[] lora_B, Tensor scaling, T
 _LINEAR = f"Tensor x, Tensor[] weights, Tensor[] packs, Tensor[] biases, {_PATHS}"
 _DELTA = f"Tensor x, Tensor[] base_outs, {_PATHS}"
 _FORWARD = "-> (Tensor[] outs, Tensor hidden, Tensor mask)"
-_BACKWARD = ("Tensor hidden, Tensor mask, int needs) -> "
-             "(Tensor grad_x, Tensor[] grad_sources, Tensor[] grad_A, Tensor[] grad_B, Tensor stats)")
+_BACKWARD = ("Tensor hidden, Tensor mask, int needs) -> (Tensor grad_x, Tensor[] grad_sources, Tensor[] grad_A, Tensor[] "
+             "grad_B, Tensor stats)")
 
 #: Arguments and results of every op, to be prefixed with ``<op>_<backend>``.
 SCHEMAS: dict[str, str] = {
