@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from heterolora_kernels.distributed import full
+from heterolora_kernels.layers import Path
 
 IsOwn = Callable[[str], bool]
 _LISTED = 4
@@ -49,18 +50,18 @@ class Beside:
                  if not is_own(name) and not _is_same(buffer, self._statistics.get(name))}
         return {**self.parameters(model, is_own), **moved}
 
-    def notice(self, model: nn.Module, optimizer: torch.optim.Optimizer, is_own: IsOwn, paths: Iterable[str]) -> None:
+    def notice(self, model: nn.Module, optimizer: torch.optim.Optimizer, is_own: IsOwn, paths: Iterable[Path]) -> None:
         """Remember what an optimizer trains; say once what of it the PEFT format will not be able to hold.
 
         Args:
-            paths: names of the LoRA paths.
+            paths: all paths.
         """
         if optimizer in self._seen:
             return
         self._seen.add(optimizer)
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         self.trained |= {name for name, parameter in self.parameters(model, is_own).items() if id(parameter) in held}
-        _, lost = peft_modules(model, self.trained, paths)
+        _, lost = peft_modules(model, self.trained, [path.name for path in paths if path.site is None])
         if lost and not self._is_told:
             self._is_told = True
             warnings.warn(f"trained beside the adapters, which format='peft' cannot hold ({_in_short(lost)}): PEFT saves "

@@ -96,7 +96,7 @@ class HeteroLoraState:
         model = None if self._model is None else self._model()
         self.reach.observe(paths)
         if model is not None:
-            self.beside.notice(model, optimizer, self.is_own, [path.name for path in self.paths.values() if path.site is None])
+            self.beside.notice(model, optimizer, self.is_own, self.paths.values())
             if not self.reach.is_told and distributed.is_first():
                 self.reach.tell(model)
 
