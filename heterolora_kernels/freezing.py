@@ -122,6 +122,28 @@ def _leaves_alone(optimizer: Optimizer) -> bool:
     return type(optimizer).__module__.startswith(_KNOWN)
 
 
+@torch.no_grad()
+def _complete_state(optimizer: Optimizer, state_dict: dict) -> None:
+    """Enter a first state for parameters that have none, paths that were never on: torch.distributed.checkpoint loads no other.
+
+    A hook of an optimizer of sharded parameters. Moments of zero at step 0 are what a first step would begin with.
+    """
+    states = state_dict["state"]
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+    known = next((number for number in numbers if states.get(number)), None)
+    if known is None:
+        return
+    like = held[numbers.index(known)]
+    for number, parameter in zip(numbers, held):
+        if states.get(number) or not parameter.requires_grad:
+            continue
+        states[number] = {
+            name: torch.full_like(parameter, _first_value(optimizer, name)) if isinstance(value, Tensor)
+            and value.shape == like.shape
+            else torch.zeros_like(value) if isinstance(value, Tensor) else value for name, value in states[known].items()}
+
+
 @dataclass
 class _Kept:
     """What is put back after a step."""
@@ -149,6 +171,8 @@ class StepHooks:
         #: What each running step puts back, by optimizer: one may step another inside.
         self._saved: dict[int, _Kept] = {}
         self._taken: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        #: Whose state dicts name every parameter.
+        self._completed: weakref.WeakSet = weakref.WeakSet()
         #: ``{parameter: rows}`` whose optimizer state starts anew at the next step.
         self._resets: dict[str, list[bool]] = {}
         self.steps = 0
@@ -231,6 +255,9 @@ class StepHooks:
         state.check_structure()
         if state.config.search != "off" and get_allocator(state.config.ranks).per_rank:
             check_elementwise(optimizer, f"ranks={state.config.ranks!r}")
+        if optimizer not in self._completed and count_dtensors([paths[0].lora_A, paths[0].lora_B]):
+            self._completed.add(optimizer)
+            optimizer.register_state_dict_post_hook(_complete_state)
         closure = _closure_of(args, kwargs)
         if closure is None:
             self._freeze(state, optimizer, paths)

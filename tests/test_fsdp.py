@@ -23,7 +23,7 @@ from helpers_search import (
 )
 from torch import nn
 from torch.distributed import checkpoint
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from transformers import LlamaConfig, LlamaForSequenceClassification
@@ -279,6 +279,35 @@ def resumed(rank):
             for values, (_, _, search) in zip(parameters[1:], runs)]
 
 
+def resumed_by_state_dicts(rank):
+    """An unbroken run and one resumed by torch's sharded state dicts, which ask for the state of paths that were never on."""
+    def build():
+        model = shard(make_llama(warmup=1, interval=2))
+        optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+        return model, optimizer, hlk.RankSearch(model, optimizer)
+
+    def go(run, steps):
+        model, optimizer, search = run
+        for step in steps:
+            train_step(model, optimizer, llama_batch(WORLD * step + rank), search)
+
+    def begun():
+        run = build()
+        run[2].start()
+        go(run, range(3))
+        return run
+
+    whole, broken, fresh = begun(), begun(), build()
+    without = [parameter for parameter in trainable(broken[0]) if not broken[1].state.get(parameter)]
+    states, search = get_state_dict(*broken[:2]), broken[2].state_dict()
+    set_state_dict(*fresh[:2], model_state_dict=states[0], optim_state_dict=states[1])
+    fresh[2].load_state_dict(search)
+    for run in (whole, fresh):
+        go(run, range(3, 7))
+    one, other = (full_parameters(run[0]) for run in (whole, fresh))
+    return len(without), all(torch.equal(one[name], other[name]) for name in one), whole[2].ranks == fresh[2].ranks
+
+
 def reset(rank):
     """Adapters drawn anew while their parameters were gathered."""
     model = root(make_llama(search="off"))
@@ -317,6 +346,7 @@ SCENARIOS = {
     "files": files,
     "heads": heads,
     "resumed": resumed,
+    "resumed_by_state_dicts": resumed_by_state_dicts,
     "reset": reset,
     "killed": killed,
 }
@@ -446,6 +476,11 @@ def test_heads_are_gathered_and_loaded(job):
 
 def test_resumed_runs_are_the_unbroken_one(job):
     assert job("resumed") == [[(True, True), (True, True)]] * WORLD
+
+
+def test_state_dicts_of_torch_resume_paths_that_were_never_on(job):
+    for without, same, ranks in job("resumed_by_state_dicts"):
+        assert without > 0 and same and ranks
 
 
 def test_adapters_are_drawn_anew_in_shards(job):
