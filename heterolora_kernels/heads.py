@@ -85,7 +85,7 @@ def _warn_about_unknown(model: nn.Module, entries: Sequence[str]) -> None:
     if outside:
         warnings.warn(f"no checkpoint was found under {source!r}, so it is not known whether {outside} were made anew: they stay "
                       "frozen (their linears get adapters); name them in modules_to_save if they have to be trained",
-                      stacklevel=7)
+                      stacklevel=6)
 
 
 def _output_embeddings(model: nn.Module) -> nn.Module | None:

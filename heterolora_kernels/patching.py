@@ -241,14 +241,6 @@ def apply_heterolora(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
     Raises:
         ValueError, TypeError: names the argument or the module; the model is then as it was.
     """
-    try:
-        return _apply(model, config)
-    finally:
-        # Until here one trial of a kind of module serves for all, those of plan_paths too.
-        forget()
-
-
-def _apply(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(config, HeteroLoraConfig):
@@ -281,6 +273,11 @@ def _apply(model: nn.Module, config: HeteroLoraConfig) -> nn.Module:
     if adapter is not None:
         adapter = adapter.named_as(model)
         config = adapter.adopted_by(model, config)
+    if id(model) in _planned:
+        # By plan_paths, a moment ago: its trials of modules serve here too.
+        _planned.discard(id(model))
+    else:
+        forget()
     heads, lora, layers, shortcuts = _plan(model, config)
     modules = dict(model.named_modules())
     for name in {plan.name for plan in lora} | {base for _, _, base in shortcuts}:
@@ -329,11 +326,17 @@ def _plan(model: nn.Module, config: HeteroLoraConfig):
     return heads, lora, layers, shortcuts
 
 
+#: Models whose plan was made and is about to be carried out.
+_planned: set[int] = set()
+
+
 def plan_paths(model: nn.Module, config: HeteroLoraConfig) -> dict[str, PlannedPath]:
     """The paths that :func:`apply_heterolora` would make of a config, by name. Raises as it does; nothing is warned of."""
+    forget()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _, lora, _, shortcuts = _plan(model, config)
+    _planned.add(id(model))
     return {plan.name: plan for plan in (*lora, *(plan for _, plan, _ in shortcuts))}
 
 

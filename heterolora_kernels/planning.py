@@ -60,7 +60,7 @@ def find_targets(model: nn.Module, config: HeteroLoraConfig, heads: Heads) -> di
     if refused and not targets:
         raise ValueError(f"target_modules 'all-linear': nothing of the model can be adapted: {describe_left(model, refused)}")
     if refused:
-        warnings.warn(tell_left(model, refused), stacklevel=6)
+        warnings.warn(tell_left(model, refused), stacklevel=5)
     if not targets:
         names = sorted({name.rpartition('.')[2] for name, module in modules.items() if looks_linear(module)})
         raise ValueError(f"target_modules {config.target_modules!r} matches no linear of the "
@@ -69,10 +69,10 @@ def find_targets(model: nn.Module, config: HeteroLoraConfig, heads: Heads) -> di
     unused = [] if isinstance(config.exclude_modules, str) else [
         pattern for pattern in config.exclude_modules if not any(matches(name, (pattern,)) for name in modules)]
     if unused:
-        warnings.warn(f"exclude_modules: {unused} match no module of the model", stacklevel=6)
+        warnings.warn(f"exclude_modules: {unused} match no module of the model", stacklevel=5)
     missed = [entry for entry in entries if entry not in touched]
     if missed:
-        warnings.warn(f"target_modules: {missed} match no linear of the model", stacklevel=6)
+        warnings.warn(f"target_modules: {missed} match no linear of the model", stacklevel=5)
     return targets
 
 
